@@ -1,0 +1,1 @@
+"""The method: joint lookahead and the base methods that it wraps."""

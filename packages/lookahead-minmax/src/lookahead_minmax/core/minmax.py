@@ -1,0 +1,524 @@
+"""Lookahead-Minmax (Algorithm 1 of the paper): all players of a game step back together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lookahead_minmax.core import tensors
+from lookahead_minmax.core.players import Players, extrapolated, normalize_players, parameters_of
+from lookahead_minmax.core.schedule import KSampler, Schedule
+from lookahead_minmax.core.slow import SlowCopies, backup
+
+SlowInit = Literal["start", "first_sync"]
+StatePolicy = Literal["keep", "reset", "interpolate"]
+BufferPolicy = Literal["keep", "interpolate"]
+NonfinitePolicy = Literal["ignore", "raise", "rollback"]
+VERSION = 1
+
+
+class Handle:
+    """Undoes a registration."""
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self._undo: Callable[[], None] | None = undo
+
+    def remove(self) -> None:
+        """Undo the registration; a second call does nothing."""
+        if self._undo is not None:
+            self._undo()
+        self._undo = None
+
+
+class LookaheadMinmax:
+    r"""Joint lookahead for the players of a game, around their own `torch.optim` optimizers.
+
+    Call `step()` once at the end of every round, whatever a round is (r discriminator steps and one
+    generator step, a simultaneous step, an extragradient step). Every `k` rounds all players go back
+    together, :math:`w \leftarrow \tilde w + \alpha (w - \tilde w)` and :math:`\tilde w \leftarrow w`
+    (Chavdarova et al. 2021, Algorithm 1), where the slow weights :math:`\tilde w` start as the weights
+    before the first base step. Parameters change in place and keep their storage.
+
+    Args:
+        players: an optimizer, a sequence (one player each) or a mapping {name: optimizer or several}.
+        k: rounds between synchronisations; a sequence nests levels (Section 2.4 of the guide), each a
+            larger multiple of the one below; a `KSampler` draws the next period after each
+            synchronisation. Default 5, the paper's CIFAR-10 value for LA-AltGAN.
+        alpha: step from the slow towards the fast weights, in (0, 1]; one number, one for each level, or
+            a mapping with one for each player. Default 0.5, the paper's value. 1 is the base method.
+        slow_init: "start" takes the slow weights before the first base step, as in Algorithm 1;
+            "first_sync" at the first synchronisation, which then changes nothing (the authors' code, timm).
+        state: what happens to the optimizers' state at a synchronisation: "keep" (the paper), "reset",
+            or "interpolate" with its value at the last one, by the same alpha.
+        modules: the players' modules, a mapping {player: module} or a sequence in the players' order;
+            needed for `buffers="interpolate"` only.
+        buffers: "keep" leaves BatchNorm statistics to the fast weights (the paper); "interpolate" treats
+            the running mean and variance like weights. Counters and the vectors of spectral
+            normalisation are never touched.
+        slow_dtype: type of the slow copies. None is float32 for half-precision weights, since a bfloat16
+            copy loses updates below 2^-8, and the weights' own type otherwise.
+        slow_device: device of the slow copies (pinned where it is the CPU); None follows the weights.
+        foreach: True groups tensors into few kernels, False loops; None groups on accelerators only.
+        nonfinite: "ignore" (no check and no wait for the device), "raise", or "rollback": all players
+            return to the slow weights and their optimizers' state is reset.
+
+    Raises:
+        TypeError: a player is not an optimizer, `k` is not an int, `alpha` is not a number.
+        ValueError: a number is out of range, the levels do not fit, there is no parameter, a parameter is
+            neither floating nor complex or belongs to two players of different alpha, a player is a
+            `Lookahead`, an option is unknown, or `buffers="interpolate"` has no modules.
+        KeyError: names in `alpha` or `modules` are not the players' names.
+
+    Example:
+        f(x, y) = x y from (1, 0), y moving first: one round, then a joint step back.
+
+        >>> import torch
+        >>> x, y = torch.tensor(1.0, requires_grad=True), torch.tensor(0.0, requires_grad=True)
+        >>> min_x, max_y = torch.optim.SGD([x], lr=0.5), torch.optim.SGD([y], lr=0.5, maximize=True)
+        >>> la = LookaheadMinmax({"x": min_x, "y": max_y}, k=1, alpha=0.5)
+        >>> for player in (max_y, min_x):
+        ...     player.zero_grad()
+        ...     (x * y).backward()
+        ...     player.step()
+        >>> la.step()
+        1
+        >>> x.item(), y.item()
+        (0.875, 0.25)
+    """
+
+    rounds: int
+    rollbacks: int
+
+    def __init__(
+        self,
+        players: Players,
+        *,
+        k: int | Sequence[int] | KSampler = 5,
+        alpha: float | Sequence[float] | Mapping[str, float] = 0.5,
+        slow_init: SlowInit = "start",
+        state: StatePolicy = "keep",
+        modules: Mapping[str, nn.Module] | Sequence[nn.Module] | None = None,
+        buffers: BufferPolicy = "keep",
+        slow_dtype: torch.dtype | None = None,
+        slow_device: torch.device | str | None = None,
+        foreach: bool | None = None,
+        nonfinite: NonfinitePolicy = "ignore",
+    ) -> None:
+        self.players = normalize_players(players)
+        for optimizer in self._optimizers():
+            if getattr(optimizer, "_is_lookahead", False):
+                raise ValueError("a player is a Lookahead already: nest with k=[k1, k2] instead")
+        _check_choice("slow_init", slow_init, SlowInit)
+        _check_choice("state", state, StatePolicy)
+        _check_choice("buffers", buffers, BufferPolicy)
+        _check_choice("nonfinite", nonfinite, NonfinitePolicy)
+        if slow_dtype is not None and not slow_dtype.is_floating_point:
+            raise ValueError(f"slow_dtype must be a floating type, got {slow_dtype}")
+        self.slow_init, self.state, self.buffers, self.nonfinite = (
+            slow_init,
+            state,
+            buffers,
+            nonfinite,
+        )
+        self.rounds = self.rollbacks = 0
+        self._schedule = Schedule(k, alpha, self.players)
+        self._check_parameters()
+        device = None if slow_device is None else torch.device(slow_device)
+        self._slow = SlowCopies(self.players, self.levels, slow_dtype, device, foreach)
+        self._adopt_modules(modules)
+        self._moved = False
+        self._inside = False
+        self._clock: str | None = None
+        self._callbacks: dict[int, tuple[Callable[[], object], int]] = {}
+        self._register()
+
+    # -- configuration -------------------------------------------------------------------------
+
+    @property
+    def levels(self) -> int:
+        """Number of nested levels."""
+        return self._schedule.levels
+
+    @property
+    def k(self) -> int | list[int] | KSampler:
+        """Rounds between synchronisations; may be set between rounds, with the same number of levels."""
+        return self._schedule.get_k()
+
+    @k.setter
+    def k(self, value: int | Sequence[int] | KSampler) -> None:
+        self._schedule.set_k(value)
+
+    @property
+    def alpha(self) -> float | list[float] | dict[str, float]:
+        """Interpolation factor; may be set between rounds."""
+        return self._schedule.get_alpha()
+
+    @alpha.setter
+    def alpha(self, value: float | Sequence[float] | Mapping[str, float]) -> None:
+        before = self._schedule.alphas
+        self._schedule.set_alpha(value)
+        try:
+            self._check_parameters()
+        except ValueError:
+            self._schedule.alphas = before
+            raise
+
+    @property
+    def since_sync(self) -> int:
+        """Rounds since the last synchronisation of level 1."""
+        return self._schedule.since[0]
+
+    def _optimizers(self) -> Iterator[Optimizer]:
+        for optimizers in self.players.values():
+            yield from optimizers
+
+    def _check_parameters(self) -> None:
+        owner: dict[int, str] = {}
+        for player, optimizers in self.players.items():
+            for tensor in (t for optimizer in optimizers for t in parameters_of(optimizer)):
+                if not (tensor.is_floating_point() or tensor.is_complex()):
+                    raise ValueError(
+                        f"player {player!r} has a parameter of {tensor.dtype}: lookahead interpolates, "
+                        "which needs floating or complex numbers"
+                    )
+                other = owner.setdefault(id(tensor), player)
+                if any(row[other] != row[player] for row in self._schedule.alphas):
+                    raise ValueError(
+                        f"players {other!r} and {player!r} share a parameter and have different alpha"
+                    )
+
+    def _adopt_modules(self, modules: Mapping[str, nn.Module] | Sequence[nn.Module] | None) -> None:
+        if self.buffers != "interpolate":
+            return
+        if not modules:
+            raise ValueError('buffers="interpolate" needs modules={player: module}')
+        if not isinstance(modules, Mapping):
+            if len(modules) != len(self.players):
+                raise ValueError(
+                    f"modules has {len(modules)} entries, there are {len(self.players)} players"
+                )
+            modules = dict(zip(self.players, modules, strict=True))
+        for player, module in modules.items():
+            if player not in self.players:
+                raise KeyError(f"modules: no player {player!r}; there are {list(self.players)}")
+            self._slow.adopt_buffers(player, module)
+
+    # -- hooks on the base optimizers ------------------------------------------------------------
+
+    def _register(self) -> None:
+        self._pre_hooks = [
+            o.register_step_pre_hook(self._before_base_step) for o in self._optimizers()
+        ]
+        self._post_hook: Any = None
+        if self._clock is not None:
+            optimizer = self.players[self._clock][-1]
+            self._post_hook = optimizer.register_step_post_hook(self._after_base_step)
+
+    def _before_base_step(self, *_: Any) -> None:
+        if self._inside:
+            raise RuntimeError("a base optimizer stepped inside slow_weights(): leave it to train")
+        self._slow.adopt()
+        self._moved = True
+
+    def _after_base_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if optimizer not in extrapolated:
+            self._end_round()
+
+    def attach(self, player: str) -> Handle:
+        """Let every step of a player's (last) optimizer end the round; the loop needs no `step()`.
+
+        A step that `GradScaler` skips ends no round.
+
+        Returns:
+            a handle whose `remove()` detaches.
+
+        Raises:
+            KeyError: there is no such player.
+            RuntimeError: another player is attached already.
+        """
+        if player not in self.players:
+            raise KeyError(f"no player {player!r}; there are {list(self.players)}")
+        if self._clock is not None:
+            raise RuntimeError(f"two clocks: player {self._clock!r} ends the rounds already")
+        self._slow.adopt()
+        self._clock = player
+        optimizer = self.players[player][-1]
+        self._post_hook = optimizer.register_step_post_hook(self._after_base_step)
+        return Handle(self._detach)
+
+    def _detach(self) -> None:
+        self._post_hook.remove()
+        self._clock = None
+
+    def on_sync(self, callback: Callable[[], object], level: int = 1) -> Handle:
+        """Call `callback()` after every synchronisation that reaches `level`.
+
+        `on_sync(ema.update)` makes the EMA of the slow weights.
+        """
+        self._check_level(level)
+        key = max(self._callbacks, default=-1) + 1
+        self._callbacks[key] = (callback, level)
+        return Handle(partial(self._callbacks.__delitem__, key))
+
+    # -- rounds ------------------------------------------------------------------------------------
+
+    def step(self) -> int:
+        """End a round; synchronise the levels whose period is over, in ascending order.
+
+        Returns:
+            the highest level that was synchronised, 0 for none.
+
+        Raises:
+            RuntimeError: inside `slow_weights()`, between the two halves of an `ExtraGradient` round, with
+                an attached player (two clocks), or when a parameter changed its shape or type.
+            FloatingPointError: a weight is not finite, with `nonfinite="raise"`.
+        """
+        if self._clock is not None:
+            raise RuntimeError(
+                f"two clocks: player {self._clock!r} is attached and ends the rounds"
+            )
+        return self._end_round()
+
+    @torch.no_grad()
+    def _end_round(self) -> int:
+        if self._inside:
+            raise RuntimeError("step() inside slow_weights(): leave it to train")
+        if any(optimizer in extrapolated for optimizer in self._optimizers()):
+            raise RuntimeError(
+                "step() between ExtraGradient.extrapolate() and ExtraGradient.step(): the weights are at "
+                "the extrapolated point; finish the round first"
+            )
+        self._slow.adopt()
+        self.rounds += 1
+        self._schedule.tick()
+        reached = 0
+        for level in range(self.levels):
+            if self._schedule.is_due(level):
+                if not self._synchronize(level):
+                    return 0
+                reached = level + 1
+        self._notify(reached)
+        return reached
+
+    @torch.no_grad()
+    def sync(self, level: int | None = None) -> None:
+        """Step back now, whatever the counters say: levels 1 to `level` (None: all) in ascending order."""
+        self._check_level(self.levels if level is None else level)
+        self._slow.adopt()
+        reached = 0
+        for index in range(self.levels if level is None else level):
+            if not self._synchronize(index):
+                return
+            reached = index + 1
+        self._notify(reached)
+
+    def _notify(self, reached: int) -> None:
+        for callback, level in list(self._callbacks.values()):
+            if reached >= level:
+                callback()
+
+    def _synchronize(self, level: int) -> bool:
+        self._slow.check()
+        if self.nonfinite != "ignore" and (bad := self._slow.first_nonfinite()) is not None:
+            if self.nonfinite == "raise":
+                raise FloatingPointError(f"{bad.label()} is not finite")
+            self._roll_back(bad.label())
+            return False
+        if self.slow_init == "first_sync" and not self._schedule.started[level]:
+            self._slow.take(level)
+        self._slow.pull_back(level, self._schedule.alphas[level])
+        if level == 0 and self.state == "interpolate":
+            self._slow.interpolate_state(self._schedule.alphas[0])
+        elif self.state == "reset":
+            self._slow.forget_state()
+        self._schedule.finish(level)
+        self._moved = False
+        return True
+
+    def _roll_back(self, label: str) -> None:
+        self._slow.put(0)
+        self._slow.forget_state()
+        self._schedule.since[0] = 0
+        self._moved = False
+        self.rollbacks += 1
+        if self.rollbacks == 1:
+            warnings.warn(
+                f"{label} is not finite: all players went back to their slow weights and their "
+                "optimizers' state was reset (further rollbacks are counted in `rollbacks`)",
+                stacklevel=4,
+            )
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start anew from the current weights: slow <- fast, all counters 0."""
+        self._slow.slots.clear()
+        self._slow._known = 0
+        for slot in self._slow.buffers:
+            slot.slow = []
+            slot.shape, slot.dtype = slot.tensor.shape, slot.tensor.dtype
+        self._slow.adopt()
+        self.rounds = self.rollbacks = 0
+        self._schedule.reset()
+        self._moved = False
+
+    # -- the slow weights ----------------------------------------------------------------------------
+
+    def _check_level(self, level: int) -> None:
+        if not 1 <= level <= self.levels:
+            raise ValueError(f"level must be in 1..{self.levels}, got {level}")
+
+    def _names(self, players: str | Sequence[str] | None) -> list[str]:
+        names = (
+            list(self.players)
+            if players is None
+            else [players]
+            if isinstance(players, str)
+            else players
+        )
+        for name in names:
+            if name not in self.players:
+                raise KeyError(f"no player {name!r}; there are {list(self.players)}")
+        return list(names)
+
+    @contextmanager
+    def slow_weights(
+        self, players: str | Sequence[str] | None = None, level: int = 1
+    ) -> Iterator[None]:
+        """Put the slow weights in place inside a `with` block, and the fast ones back after it.
+
+        Right after a synchronisation both are equal and nothing is copied.
+
+        Args:
+            players: whose weights (a name, several, None: all).
+            level: which slow copy, 1 is the fastest.
+
+        Raises:
+            RuntimeError: inside another `slow_weights()`.
+            KeyError: there is no such player.
+        """
+        if self._inside:
+            raise RuntimeError("slow_weights() is entered already")
+        self._check_level(level)
+        names = self._names(players)
+        with torch.no_grad():
+            self._slow.adopt()
+            self._slow.check()
+            slots = self._slow.of(names)
+            held = backup(slots) if self._moved or level > 1 else None
+            if held is not None:
+                self._slow.put(level - 1, names)
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+            if held is not None:
+                with torch.no_grad():
+                    tensors.copy_all([slot.tensor.detach() for slot in slots], held)
+
+    def slow_parameters(self, player: str | None = None, level: int = 1) -> Iterator[Tensor]:
+        """Yield the slow copies of a player's parameters (None: of all) in the optimizers' order."""
+        self._check_level(level)
+        names = self._names(player)
+        self._slow.adopt()
+        for slot in self._slow.slots:
+            if slot.player in names:
+                yield slot.slow[level - 1]
+
+    @torch.no_grad()
+    def slow_state_dict(self, module: nn.Module, level: int = 1) -> dict[str, Tensor]:
+        """Return `module.state_dict()` with the slow weights in place of the fast ones.
+
+        Tensors are detached copies in the weights' type, so that safetensors can write them; what no
+        player owns is as it is in the module.
+        """
+        self._check_level(level)
+        self._slow.adopt()
+        slow = {id(slot.tensor): slot.slow[level - 1] for slot in self._slow.all()}
+        live: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        live.update(module.named_buffers(remove_duplicate=False))
+        result = {}
+        for name, value in module.state_dict().items():
+            source = slow.get(id(live.get(name)), value)
+            result[name] = source.to(value.device, value.dtype, copy=True).contiguous()
+        return result
+
+    # -- saving --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs, as plain builtins and tensors.
+
+        The base optimizers are saved by their own `state_dict`. Parameters are keyed by position.
+        """
+        with torch.no_grad():
+            self._slow.adopt()
+        return {
+            "version": VERSION,
+            **self._schedule.state_dict(),
+            "rounds": self.rounds,
+            "moved": self._moved,
+            "rollbacks": self.rollbacks,
+            "options": {
+                "slow_init": self.slow_init,
+                "state": self.state,
+                "buffers": self.buffers,
+                "nonfinite": self.nonfinite,
+            },
+            "players": self._slow.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Continue a saved run: the next round is bit for bit what it would have been.
+
+        Args:
+            state_dict: what `state_dict()` returned; players, parameters and levels must agree.
+            strict: also require the same options (`slow_init`, `state`, `buffers`, `nonfinite`).
+
+        Raises:
+            ValueError: something does not agree; the message lists it and the object is unchanged.
+        """
+        if state_dict.get("version") != VERSION:
+            raise ValueError(f"version: saved {state_dict.get('version')!r}, here {VERSION}")
+        self._slow.adopt()
+        problems = self._schedule.mismatches(state_dict)
+        problems += self._slow.mismatches(state_dict["players"])
+        here = {key: getattr(self, key) for key in state_dict["options"]}
+        if strict and here != state_dict["options"]:
+            problems.append(f"options: saved {state_dict['options']}, here {here}")
+        if problems:
+            raise ValueError("the saved state does not fit: " + "; ".join(problems))
+        self._slow.load_state_dict(state_dict["players"])
+        self._schedule.load_state_dict(state_dict)
+        self.rounds, self.rollbacks = state_dict["rounds"], state_dict["rollbacks"]
+        self._moved = state_dict["moved"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the hooks, which are registered again on the copies of the optimizers."""
+        skip = ("_pre_hooks", "_post_hook", "_callbacks")
+        return {key: value for key, value in vars(self).items() if key not in skip}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Register the hooks again; callbacks of `on_sync` are not copied."""
+        vars(self).update(state, _callbacks={})
+        self._register()
+
+    def __repr__(self) -> str:
+        """Show the players and the numbers of Algorithm 1."""
+        players = ", ".join(
+            f"{name}: {'+'.join(type(o).__name__ for o in optimizers)}"
+            for name, optimizers in self.players.items()
+        )
+        return f"LookaheadMinmax({players}; k={self.k}, alpha={self.alpha}, rounds={self.rounds})"
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")

@@ -1,0 +1,73 @@
+"""Players of a game: names, their optimizers, and the parameters that they own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+from weakref import WeakSet
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+OptimizerOrSequence: TypeAlias = Optimizer | Sequence[Optimizer]
+Players: TypeAlias = OptimizerOrSequence | Mapping[str, OptimizerOrSequence]
+
+# Optimizers that an ExtraGradient has moved to the extrapolated point and not yet brought back.
+extrapolated: WeakSet[Optimizer] = WeakSet()
+
+
+def normalize_players(players: Players) -> dict[str, list[Optimizer]]:
+    """Return the players as {name: optimizers}; players without a name are called "0", "1", ...
+
+    Args:
+        players: an optimizer, a sequence of them (one player each), or a mapping from names to an
+            optimizer or several.
+
+    Raises:
+        TypeError: something is not a `torch.optim.Optimizer`.
+        ValueError: there is no player, or a player owns no parameter.
+    """
+    named: Mapping[str, OptimizerOrSequence]
+    if isinstance(players, Optimizer):
+        named = {"0": players}
+    elif isinstance(players, Mapping):
+        named = players
+    elif isinstance(players, (list, tuple)):
+        named = {str(index): player for index, player in enumerate(players)}
+    else:
+        raise TypeError(
+            "players must be a torch.optim.Optimizer, a sequence or a mapping of them, "
+            f"got {type(players).__name__}"
+        )
+    if not named:
+        raise ValueError("players is empty: give at least one optimizer")
+    result: dict[str, list[Optimizer]] = {}
+    for name, value in named.items():
+        if not isinstance(name, str):
+            raise TypeError(f"players: names must be strings, got {name!r}")
+        optimizers: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+        for optimizer in optimizers:
+            if not isinstance(optimizer, Optimizer):
+                what = (
+                    optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+                )
+                raise TypeError(
+                    f"players[{name!r}] must be a torch.optim.Optimizer or a sequence of them, "
+                    f"got {'the class ' if isinstance(optimizer, type) else ''}{what}"
+                )
+        if not any(True for optimizer in optimizers for _ in parameters_of(optimizer)):
+            raise ValueError(f"players[{name!r}] owns no parameter")
+        result[name] = optimizers
+    return result
+
+
+def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    """Yield an optimizer's parameters in the order of its groups."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def names_of(optimizer: Optimizer) -> Iterator[str | None]:
+    """Yield the parameters' names where the optimizer was built from named parameters, else None."""
+    for group in optimizer.param_groups:
+        yield from group.get("param_names") or [None] * len(group["params"])
