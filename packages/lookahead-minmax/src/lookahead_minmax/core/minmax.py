@@ -61,7 +61,8 @@ class LookaheadMinmax:
             needed for `buffers="interpolate"` only.
         buffers: "keep" leaves BatchNorm statistics to the fast weights (the paper); "interpolate" treats
             the running mean and variance like weights. Counters and the vectors of spectral
-            normalisation are never touched.
+            normalisation are never touched. Their slow copies are taken here, at construction, since the
+            first forward pass changes them before the first step.
         slow_dtype: type of the slow copies. None is float32 for half-precision weights, since a bfloat16
             copy loses updates below 2^-8, and the weights' own type otherwise.
         slow_device: device of the slow copies (pinned where it is the CPU); None follows the weights.
@@ -358,12 +359,7 @@ class LookaheadMinmax:
     @torch.no_grad()
     def reset(self) -> None:
         """Start anew from the current weights: slow <- fast, all counters 0."""
-        self._slow.slots.clear()
-        self._slow._known = 0
-        for slot in self._slow.buffers:
-            slot.slow = []
-            slot.shape, slot.dtype = slot.tensor.shape, slot.tensor.dtype
-        self._slow.adopt()
+        self._slow.start_anew()
         self.rounds = self.rollbacks = 0
         self._schedule.reset()
         self._moved = False

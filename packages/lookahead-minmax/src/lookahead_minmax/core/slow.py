@@ -16,16 +16,30 @@ from lookahead_minmax.core.players import names_of, parameters_of
 
 @dataclass
 class Slot:
-    """One live tensor of a player and its slow copies, one for each level."""
+    """One live tensor of a player and its slow copies, one for each level.
+
+    A parameter stays the same object for life; a buffer is looked up in its layer, since
+    `Module.to` replaces it.
+    """
 
     player: str
     name: str | None
-    tensor: Tensor
-    owners: list[Optimizer]
-    shape: torch.Size
-    dtype: torch.dtype
+    holder: Tensor | tuple[nn.Module, str]
+    owners: list[Optimizer] = field(default_factory=list)
     slow: list[Tensor] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Remember what the tensor looked like."""
+        self.shape, self.dtype = self.tensor.shape, self.tensor.dtype
+
+    @property
+    def tensor(self) -> Tensor:
+        """The live tensor."""
+        if isinstance(self.holder, Tensor):
+            return self.holder
+        layer, key = self.holder
+        return layer.get_buffer(key)
 
     def label(self) -> str:
         """Name the tensor in a message."""
@@ -79,9 +93,13 @@ class SlowCopies:
                     if not any(owner is optimizer for owner in slot.owners):
                         slot.owners.append(optimizer)
         self._known = known
-        for slot in self.buffers:
-            if not slot.slow:
-                slot.slow = [self._copy(slot.tensor) for _ in range(self.levels)]
+
+    def start_anew(self) -> None:
+        """Drop all copies and snapshot every tensor as it is now."""
+        self.slots.clear()
+        self._known = 0
+        self.buffers = [self._slot(slot.player, slot.name, slot.holder) for slot in self.buffers]
+        self.adopt()
 
     def adopt_buffers(self, player: str, module: nn.Module) -> None:
         """Let the running statistics of a module's normalisation layers follow the weights."""
@@ -90,12 +108,11 @@ class SlowCopies:
                 for key, buffer in layer.named_buffers(recurse=False):
                     if buffer.is_floating_point():
                         path = f"{name}.{key}".lstrip(".")
-                        slot = Slot(player, path, buffer, [], buffer.shape, buffer.dtype)
-                        self.buffers.append(slot)
+                        self.buffers.append(self._slot(player, path, (layer, key)))
 
-    def _slot(self, player: str, name: str | None, tensor: Tensor) -> Slot:
-        slot = Slot(player, name, tensor, [], tensor.shape, tensor.dtype)
-        slot.slow = [self._copy(tensor) for _ in range(self.levels)]
+    def _slot(self, player: str, name: str | None, holder: Tensor | tuple[nn.Module, str]) -> Slot:
+        slot = Slot(player, name, holder)
+        slot.slow = [self._copy(slot.tensor) for _ in range(self.levels)]
         return slot
 
     def _copy(self, tensor: Tensor) -> Tensor:
