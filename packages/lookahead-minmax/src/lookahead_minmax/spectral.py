@@ -69,7 +69,8 @@ def operator(jacobian: Tensor, method: Method, lr: float, *, split: int | None =
         top = torch.cat([eye - 2 * lr * jacobian, lr * jacobian], 1)
         return torch.cat([top, torch.cat([eye, torch.zeros_like(eye)], 1)])
     if method == "pp":
-        return torch.linalg.inv(eye + lr * jacobian)
+        inverse: Tensor = torch.linalg.inv(eye + lr * jacobian)
+        return inverse
     raise ValueError(f"method must be one of {METHODS}, got {method!r}")
 
 
@@ -250,6 +251,6 @@ def rotation_frequency(
             used = column + 1
             break
         basis.append(vector / norm)
-    eigenvalues = torch.linalg.eigvals(hessenberg[:used, :used])
+    eigenvalues: Tensor = torch.linalg.eigvals(hessenberg[:used, :used])
     order = eigenvalues.abs().argsort(descending=True)
     return eigenvalues[order][:num_eigenvalues]
