@@ -220,14 +220,14 @@ def test_lookahead_approaches_the_solution_under_single_component_noise() -> Non
     assert extra > ours
 
 
-def test_variance_reduction_converges_where_extragradient_only_hovers() -> None:
+def test_variance_reduction_converges_where_stochastic_extragradient_diverges() -> None:
     game = StochasticBilinear(20, seed=0)
-    options: Any = {"steps": 3000, "lr": 0.3, "batch_size": 5, "starts": 3}
+    options: Any = {"steps": 3000, "lr": 0.3, "batch_size": 10, "starts": 3}
     before = run(game, **{**options, "steps": 0}).distance[0].mean()
     extra = run(game, "eg", **options).distance[-1].mean()
     reduced = run(game, "svre", **options).distance[-1].mean()
-    assert reduced < 1e-6 * before
-    assert extra > 0.01 * before
+    assert reduced < 1e-10 * before
+    assert extra > before
 
 
 def test_oracle_calls_count_passes() -> None:
