@@ -236,7 +236,7 @@ class DiracGAN(SmoothGame):
     where the field rotates without contracting.
     """
 
-    players = (1, 1)
+    players: tuple[int, ...] = (1, 1)
 
     def field(self, z: Tensor, batch: Tensor | None = None) -> Tensor:
         """Return the gradients of f and of -f, (starts, 2)."""

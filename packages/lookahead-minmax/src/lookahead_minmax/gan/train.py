@@ -1,0 +1,214 @@
+"""Train a small GAN by alternating Adam, with or without lookahead, and watch its Fréchet distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lookahead_minmax import EMA, ExtraGradient, LookaheadMinmax
+from lookahead_minmax.gan.models import dcgan28, digits_pair, mlp
+from lookahead_minmax.metrics import feature_distance
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is.
+
+    Attributes:
+        data: "digits" (MLPs, 32-dimensional noise) or "mnist" (the paper's DCGAN).
+        base: "alt" (alternating) or "extra" (extragradient in the authors' "opponent" mode).
+        k: rounds between synchronisations, one for each level; empty is the base method.
+        alpha: Lookahead's factor.
+        rounds: of r discriminator steps and one generator step.
+        d_iters: r.
+        lr: Adam's, both players.
+        betas: Adam's.
+        batch_size: of real images and of noise.
+        ema: decay of the generator's EMA.
+        evaluations: how often the distance is measured, evenly spaced.
+        seed: of networks, batches and noise.
+    """
+
+    data: Literal["digits", "mnist"] = "digits"
+    base: Literal["alt", "extra"] = "alt"
+    k: tuple[int, ...] = ()
+    alpha: float = 0.5
+    rounds: int = 3000
+    d_iters: int = 1
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.0, 0.9)
+    batch_size: int = 50
+    ema: float = 0.999
+    evaluations: int = 12
+    seed: int = 0
+
+
+@dataclass
+class Curve:
+    """Fréchet distances over a run, one for each evaluation.
+
+    Attributes:
+        recipe: the run's settings.
+        rounds: rounds done at each evaluation.
+        live: of the generator that is being trained.
+        ema: of its exponential moving average.
+        ema_slow: of the moving average that is updated at synchronisations; empty without lookahead.
+        samples: 25 images of the last live generator.
+    """
+
+    recipe: Recipe
+    rounds: list[int] = field(default_factory=list)
+    live: list[float] = field(default_factory=list)
+    ema: list[float] = field(default_factory=list)
+    ema_slow: list[float] = field(default_factory=list)
+    samples: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def summary(self, which: str = "live") -> dict[str, float]:
+        """Return best and last distance, and mean and deviation over the last quarter."""
+        values = torch.tensor(getattr(self, which), dtype=torch.float64)
+        late = values[-max(2, len(values) // 4) :]
+        return {
+            "best": float(values.min()),
+            "last": float(values[-1]),
+            "mean": float(late.mean()),
+            "std": float(late.std()),
+        }
+
+    def as_dict(self) -> dict[str, object]:
+        """Return settings and numbers, ready for JSON."""
+        numbers = {"rounds": self.rounds, "live": self.live, "ema": self.ema}
+        return {"recipe": asdict(self.recipe), **numbers, "ema_slow": self.ema_slow}
+
+
+def feature_extractor(
+    images: Tensor, labels: Tensor, *, steps: int = 600, seed: int = 0
+) -> nn.Module:
+    """Train a classifier d-128-32-10 and return its part up to the 32 penultimate features.
+
+    Args:
+        images: (n, ...), flattened here.
+        labels: (n,).
+        steps: of Adam, batch 100.
+        seed: of its initialisation and batches.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        flat = images.flatten(1)
+        classifier = mlp(flat.shape[1], 128, 32, 10)
+        optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3)
+        for _ in range(steps):
+            rows = torch.randint(len(flat), (100,))
+            optimizer.zero_grad()
+            torch.autograd.backward(F.cross_entropy(classifier(flat[rows]), labels[rows]))
+            optimizer.step()
+    return nn.Sequential(nn.Flatten(), *list(classifier)[:-1]).eval().requires_grad_(False)
+
+
+def train(
+    recipe: Recipe,
+    images: Tensor,
+    features: nn.Module,
+    progress: Callable[[int, float], None] | None = None,
+) -> Curve:
+    """Train one GAN and return its curve.
+
+    Args:
+        recipe: the settings.
+        images: real images, (n, 64) for digits, (n, 1, 28, 28) for MNIST, in [-1, 1].
+        features: maps images to features for the Fréchet distance.
+        progress: called with (rounds done, distance of the live generator).
+    """
+    torch.manual_seed(recipe.seed)
+    generator, discriminator = digits_pair() if recipe.data == "digits" else dcgan28()
+    shape = (32,) if recipe.data == "digits" else (128, 1, 1)
+    options = {"lr": recipe.lr, "betas": recipe.betas}
+    opt_g = torch.optim.Adam(generator.parameters(), **options)  # type: ignore[arg-type]
+    opt_d = torch.optim.Adam(discriminator.parameters(), **options)  # type: ignore[arg-type]
+    players = {"G": opt_g, "D": opt_d}
+    ema, ema_slow = EMA(generator, recipe.ema), EMA(generator, recipe.ema)
+    lookahead = None
+    if recipe.k:
+        lookahead = LookaheadMinmax(players, k=list(recipe.k), alpha=recipe.alpha)
+        lookahead.on_sync(ema_slow.update)
+    extra = ExtraGradient(players, extrapolate="opponent", state="separate")
+
+    draws = torch.Generator().manual_seed(recipe.seed + 1)
+
+    def noise(count: int = recipe.batch_size) -> Tensor:
+        return torch.randn(count, *shape, generator=draws)
+
+    def fill_d() -> None:
+        rows = torch.randint(len(images), (recipe.batch_size,), generator=draws)
+        with torch.no_grad():
+            fake = generator(noise())
+        real_score, fake_score = discriminator(images[rows]), discriminator(fake)
+        opt_d.zero_grad()
+        loss = F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
+        torch.autograd.backward(loss)
+
+    def fill_g() -> None:
+        opt_g.zero_grad()
+        torch.autograd.backward(F.softplus(-discriminator(generator(noise()))).mean())
+
+    def alternating_round() -> None:
+        for _ in range(recipe.d_iters):
+            fill_d()
+            opt_d.step()
+        fill_g()
+        opt_g.step()
+
+    def extragradient_round() -> None:
+        fill_g()
+        gradients = [p.grad for p in generator.parameters()]
+        for _ in range(recipe.d_iters):
+            fill_d()
+            extra.extrapolate("D")
+        for parameter, gradient in zip(generator.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        extra.extrapolate("G")
+        for _ in range(recipe.d_iters):
+            with extra.own_weights("D"):
+                fill_d()
+            extra.step("D")
+        with extra.own_weights("G"):
+            fill_g()
+        extra.step("G")
+
+    real = features(images)
+    fixed = torch.randn(len(images), *shape, generator=torch.Generator().manual_seed(12345))
+
+    @torch.no_grad()
+    def distance() -> float:
+        generator.eval()
+        result = feature_distance(
+            real, features(torch.cat([generator(z) for z in torch.split(fixed, 500)]))
+        )
+        generator.train()
+        return result
+
+    curve = Curve(recipe)
+    every = max(1, recipe.rounds // recipe.evaluations)
+    play = alternating_round if recipe.base == "alt" else extragradient_round
+    for done in range(1, recipe.rounds + 1):
+        play()
+        if lookahead is not None:
+            lookahead.step()
+        ema.update()
+        if done % every == 0:
+            curve.rounds.append(done)
+            curve.live.append(distance())
+            with ema.average():
+                curve.ema.append(distance())
+            if lookahead is not None:
+                with ema_slow.average():
+                    curve.ema_slow.append(distance())
+            if progress is not None:
+                progress(done, curve.live[-1])
+    with torch.no_grad():
+        curve.samples = generator(fixed[:25])
+    return curve

@@ -1,0 +1,180 @@
+"""Networks, data files and training of the GAN experiments."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lookahead_minmax.gan import data, models
+from lookahead_minmax.gan.train import Recipe, feature_extractor, train
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_resnet_pair_has_the_papers_parameter_counts() -> None:
+    generator, discriminator = models.resnet32()
+    assert (count(generator), count(discriminator)) == (4_079_363, 1_053_825)
+    images = generator(torch.randn(2, 128))
+    assert images.shape == (2, 3, 32, 32)
+    assert images.abs().max() <= 1
+    assert discriminator(images).shape == (2,)
+
+
+def test_dcgan_pair_maps_noise_to_images_without_biases() -> None:
+    generator, discriminator = models.dcgan28()
+    images = generator(torch.randn(2, 128, 1, 1))
+    assert images.shape == (2, 1, 28, 28)
+    assert discriminator(images).shape == (2,)
+    convolutions = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
+    layers = [m for net in (generator, discriminator) for m in net if isinstance(m, convolutions)]
+    assert len(layers) == 8
+    assert all(layer.bias is None for layer in layers)
+
+
+def test_digits_are_scaled_to_the_tanh_range() -> None:
+    images, labels = data.digits()
+    assert images.shape == (1797, 64)
+    assert (images.min(), images.max()) == (-1, 1)
+    assert labels.bincount().sum() == 1797
+
+
+def idx(values: torch.Tensor) -> bytes:
+    header = b"\x00\x00\x08" + bytes([values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
+    return gzip.compress(header + bytes(values.flatten().tolist()))
+
+
+@pytest.fixture
+def mnist_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two tiny files in MNIST's format, whose checksums are the expected ones."""
+    images = torch.arange(2 * 28 * 28).remainder(256).view(2, 28, 28)
+    files = {
+        "t10k-images-idx3-ubyte.gz": idx(images),
+        "t10k-labels-idx1-ubyte.gz": idx(torch.tensor([3, 7])),
+    }
+    folder = tmp_path / "mnist-test"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+        monkeypatch.setitem(data.MNIST_MD5, name, hashlib.md5(content).hexdigest())
+    return tmp_path
+
+
+def test_mnist_is_read_from_its_own_files(mnist_folder: Path) -> None:
+    for folder in (mnist_folder, mnist_folder / "mnist-test"):
+        images, labels = data.mnist(folder)
+        assert images.shape == (2, 1, 28, 28)
+        assert images[0, 0, 0, 0] == -1
+        assert images[0, 0, 9, 3] == 1  # pixel 255
+        assert labels.tolist() == [3, 7]
+
+
+def test_download_is_verified_and_cached(
+    mnist_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = (mnist_folder / "mnist-test").as_uri() + "/"
+    name = "t10k-labels-idx1-ubyte.gz"
+    path = data.fetch(name, tmp_path / "cache", url)
+    assert "downloading" in capsys.readouterr().err
+    assert data.read_idx(path).tolist() == [3, 7]
+    data.fetch(name, tmp_path / "cache", "file:///nowhere/")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(OSError, match="has the checksum"):
+        data.fetch(name, tmp_path / "other", url, md5="0" * 32)
+    assert not list((tmp_path / "other").iterdir())
+    path.write_bytes(b"damaged")
+    with pytest.raises(OSError, match="remove it and try again"):
+        data.fetch(name, tmp_path / "cache", url)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"abc", "no IDX file"),
+        (b"\x00\x00\x0d\x01", "no IDX file"),
+        (b"\x00\x00\x08\x01\x00\x00\x00\x05ab", "holds 2"),
+    ],
+)
+def test_damaged_idx_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(OSError, match=message):
+        data.read_idx(path)
+
+
+def test_default_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert data.default_folder() == tmp_path / "lookahead-minmax"
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert data.default_folder() == tmp_path / "local" / "lookahead-minmax"
+
+
+def test_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"lookahead-minmax\[gan\]"):
+        data.digits()
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.nn.Module]:
+    images, labels = data.digits()
+    return images, feature_extractor(images, labels, steps=200)
+
+
+def test_features_are_penultimate_and_leave_the_random_state_alone(digits: Any) -> None:
+    images, features = digits
+    assert features(images[:5]).shape == (5, 32)
+    state = torch.get_rng_state()
+    feature_extractor(images[:50], torch.zeros(50, dtype=torch.long), steps=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("base", ["alt", "extra"])
+@pytest.mark.parametrize("k", [(), (5,), (2, 4)])
+def test_training_is_deterministic_and_reports_every_average(
+    digits: Any, base: Any, k: Any
+) -> None:
+    images, features = digits
+    recipe = Recipe(base=base, k=k, rounds=20, evaluations=4, d_iters=2, ema=0.9)
+    curves = [train(recipe, images, features) for _ in range(2)]
+    assert curves[0].as_dict() == curves[1].as_dict()
+    assert curves[0].rounds == [5, 10, 15, 20]
+    assert len(curves[0].ema) == 4
+    assert len(curves[0].ema_slow) == (4 if k else 0)
+    assert curves[0].samples.shape == (25, 64)
+    assert set(curves[0].summary()) == {"best", "last", "mean", "std"}
+
+
+def test_alpha_one_trains_the_same_generator_as_the_base(digits: Any) -> None:
+    images, features = digits
+    plain = train(Recipe(rounds=12, evaluations=3), images, features)
+    same = train(Recipe(rounds=12, evaluations=3, k=(3,), alpha=1.0), images, features)
+    assert plain.live == same.live
+
+
+def test_progress_is_reported(digits: Any) -> None:
+    images, features = digits
+    seen: list[int] = []
+    train(Recipe(rounds=4, evaluations=2), images, features, lambda done, _: seen.append(done))
+    assert seen == [2, 4]
+
+
+@pytest.mark.slow
+def test_lookahead_reaches_a_low_distance_sooner(digits: Any) -> None:
+    """Digits, three paired seeds, mean of the live distances over the second half of 1500 rounds."""
+    images, features = digits
+    means = []
+    for k in ((), (5,)):
+        curves = [train(Recipe(rounds=1500, k=k, seed=s), images, features) for s in range(3)]
+        means.append(sum(sum(curve.live[6:]) for curve in curves))
+    assert means[1] < means[0]
