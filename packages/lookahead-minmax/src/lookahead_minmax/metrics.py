@@ -111,4 +111,4 @@ def mode_coverage(samples: Tensor, centres: Tensor, radius: float) -> Coverage:
         raise ValueError(f"radius must be positive, got {radius}")
     distance, nearest = torch.cdist(samples, centres).min(1)
     near = distance <= radius
-    return Coverage(int(nearest[near].unique().numel()), float(near.double().mean()))
+    return Coverage(len(set(nearest[near].tolist())), float(near.double().mean()))
