@@ -140,7 +140,8 @@ def run(
 
     adam = _Adam(lr, betas, 1e-8)
     slow = [z.clone() for _ in periods]
-    distances, calls, spent = [game.distance(z)], [0.0], 0.0
+    distances, calls, spent = [game.distance(z)[None]], [0.0], 0.0
+    visited: list[Tensor] = []
     previous: Tensor | None = None
     snapshot = mean_field = z
     one = size / count if batch_size is not None else 1.0
@@ -180,6 +181,10 @@ def run(
                 z = torch.lerp(slow[level], z, alpha)
                 slow[: level + 1] = [z] * (level + 1)
         spent += cost
-        distances.append(game.distance(z))
         calls.append(spent)
-    return Trajectory(torch.stack(distances), torch.tensor(calls, dtype=torch.float64), z)
+        visited.append(z)
+        if len(visited) == 500 or round_number == steps:  # one call for many points is much cheaper
+            flat = game.distance(torch.cat(visited))
+            distances.append(flat.view(len(visited), -1))
+            visited.clear()
+    return Trajectory(torch.cat(distances), torch.tensor(calls, dtype=torch.float64), z)
