@@ -155,6 +155,8 @@ def main() -> int:
     )
     wins = sum(bool(late(b).mean() < late(a).mean()) for a, b in zip(plain, ours, strict=True))
     gda, la_gda = runs["GDA"].distance.mean(1), runs["LA-GDA, k=6"].distance.mean(1)
+    quarter = [[c.summary()["mean"] for c in several] for several in curves.values()]
+    late_wins = sum(b < a for a, b in zip(*quarter, strict=True))
     noise_start = float(noisy["GDA"].distance[0].mean())
     noise_end = {name: float(run.distance[-1].mean()) for name, run in noisy.items()}
     ema = {name: mean(c.ema[-1] for c in several) for name, several in curves.items()}
@@ -228,7 +230,8 @@ def main() -> int:
         ],
         "findings": [
             f"Lookahead is ahead on {wins} of {SEEDS} paired GAN seeds in the second half of the run.",
-            "With an exponential moving average (0.999) the difference shrinks or turns: last distance "
+            f"Over the last quarter alone it is ahead on {late_wins} of {SEEDS}.",
+            "With an exponential moving average (0.999), whose memory is half the run, the last distances are "
             + ", ".join(f"{name} {value:.1f}" for name, value in ema.items())
             + ".",
             "On the bilinear game the optimistic method alone is about as fast as lookahead: "

@@ -148,7 +148,10 @@ def test_lightning_callback_ends_a_round_per_batch_and_resumes(tmp_path: Path) -
         def validation_step(self, x: torch.Tensor) -> None:
             self.seen.append(self.g[0].weight.detach().clone())
 
-    data = [batch(step) for step in range(STEPS)]
+    batches = [batch(step) for step in range(STEPS)]
+    data, one = (
+        torch.utils.data.DataLoader(part, batch_size=None) for part in (batches, batches[:1])
+    )
     options: Any = {
         "max_epochs": 1,
         "accelerator": "cpu",
@@ -161,7 +164,7 @@ def test_lightning_callback_ends_a_round_per_batch_and_resumes(tmp_path: Path) -
     game = Game()
     callback = LookaheadMinmaxCallback(["G", "D"], k=[2, 4], alpha=[0.5, 0.7], evaluate_slow=True)
     trainer = pl.Trainer(callbacks=[callback], **options)
-    trainer.fit(game, data, [batch(0)])
+    trainer.fit(game, data, one)
     for value, expected in zip(game.parameters(), single(), strict=True):
         assert torch.equal(value, expected)
     assert callback.lookahead is not None
@@ -171,7 +174,7 @@ def test_lightning_callback_ends_a_round_per_batch_and_resumes(tmp_path: Path) -
     restored = LookaheadMinmaxCallback(["G", "D"], k=[2, 4], alpha=[0.5, 0.7])
     assert restored.state_dict() == {}
     restored.load_state_dict(callback.state_dict())
-    pl.Trainer(callbacks=[restored], **options).fit(Game(), data[:1])
+    pl.Trainer(callbacks=[restored], **options).fit(Game(), one)
     assert restored.lookahead is not None
     assert restored.lookahead.rounds == STEPS + 1
 
