@@ -1,0 +1,76 @@
+"""LiNeS: layer-increasing scaling of fine-tuned and merged checkpoints, in memory or out of core.
+
+`edit` restores what fine-tuning forgot, `merge` merges fine-tuned models with less interference.
+"""
+
+from .depth import Block, DepthMap
+from .errors import (
+    AmbiguousDepthError,
+    CheckpointError,
+    DepthError,
+    KeyMismatchError,
+    LargeAlphaWarning,
+    NonFiniteError,
+    ShapeMismatchError,
+    SkippedTensorsWarning,
+    UnrelatedBaseWarning,
+    UnsupportedDtypeError,
+    ZeroTaskVectorError,
+)
+from .lines import auto_alpha, edit, edit_, merge
+from .masks import PackedMasks, tall_masks
+from .merges import BaseMerge, Merge, register_merge
+from .schedule import scales
+from .soups import GreedySoup, greedy_soup, rewarded_soup, uniform_soup, wise_ft
+from .tune import (
+    BETA_GRID,
+    GAMMA_GRID,
+    TIES_GRID,
+    ScaledModel,
+    TuneResult,
+    forgetting_objective,
+    tune,
+)
+from .vectors import TaskVector
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BETA_GRID",
+    "GAMMA_GRID",
+    "TIES_GRID",
+    "AmbiguousDepthError",
+    "BaseMerge",
+    "Block",
+    "CheckpointError",
+    "DepthError",
+    "DepthMap",
+    "GreedySoup",
+    "KeyMismatchError",
+    "LargeAlphaWarning",
+    "Merge",
+    "NonFiniteError",
+    "PackedMasks",
+    "ScaledModel",
+    "ShapeMismatchError",
+    "SkippedTensorsWarning",
+    "TaskVector",
+    "TuneResult",
+    "UnrelatedBaseWarning",
+    "UnsupportedDtypeError",
+    "ZeroTaskVectorError",
+    "__version__",
+    "auto_alpha",
+    "edit",
+    "edit_",
+    "forgetting_objective",
+    "greedy_soup",
+    "merge",
+    "register_merge",
+    "rewarded_soup",
+    "scales",
+    "tall_masks",
+    "tune",
+    "uniform_soup",
+    "wise_ft",
+]
