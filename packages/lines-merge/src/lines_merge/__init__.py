@@ -17,6 +17,8 @@ from .errors import (
     UnsupportedDtypeError,
     ZeroTaskVectorError,
 )
+from .io.plan import MergePlan
+from .io.stream import MergeReport, merge_files, plan_files, run_recipe, sweep_files
 from .lines import auto_alpha, edit, edit_, merge
 from .masks import PackedMasks, tall_masks
 from .merges import BaseMerge, Merge, register_merge
@@ -27,6 +29,7 @@ from .tune import (
     GAMMA_GRID,
     TIES_GRID,
     ScaledModel,
+    Tuner,
     TuneResult,
     forgetting_objective,
     tune,
@@ -49,6 +52,8 @@ __all__ = [
     "KeyMismatchError",
     "LargeAlphaWarning",
     "Merge",
+    "MergePlan",
+    "MergeReport",
     "NonFiniteError",
     "PackedMasks",
     "ScaledModel",
@@ -56,6 +61,7 @@ __all__ = [
     "SkippedTensorsWarning",
     "TaskVector",
     "TuneResult",
+    "Tuner",
     "UnrelatedBaseWarning",
     "UnsupportedDtypeError",
     "ZeroTaskVectorError",
@@ -66,9 +72,13 @@ __all__ = [
     "forgetting_objective",
     "greedy_soup",
     "merge",
+    "merge_files",
+    "plan_files",
     "register_merge",
     "rewarded_soup",
+    "run_recipe",
     "scales",
+    "sweep_files",
     "tall_masks",
     "tune",
     "uniform_soup",

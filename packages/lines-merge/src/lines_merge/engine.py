@@ -146,7 +146,7 @@ class Engine:
         dtype: dtype of the result, None for that of each base tensor.
         allow_nonfinite: skip the search for NaN and infinity.
         chunk: elements that one thread reads at once; a multiple of `CELL`.
-        threads: 0 works in the calling thread.
+        threads: workers, the calling thread among them; 0 takes torch's number of threads.
         cache: bytes of inputs that may be kept in memory between passes.
         depth: relative depth of tensors, for methods with weights that vary over depth.
         on_progress: called with the number of bytes after each chunk.
@@ -320,21 +320,8 @@ class Engine:
 
     def _run(self, entries: Sequence[Entry], do: Callable[[_Job, Worker], None]) -> None:
         """Work through the chunks, in this thread or in several."""
-        jobs = self._jobs(entries)
-        threads = min(self.threads, len(jobs))
-        if threads <= 1:
-            worker = self._worker(0)
-            for job in jobs:
-                do(job, worker)
-        else:
-            self._run_threads(jobs, threads, do)
-        self._checked.update(entry.name for entry in entries)
-        self._warn_unrelated()
-
-    def _run_threads(
-        self, jobs: Iterable[_Job], threads: int, do: Callable[[_Job, Worker], None]
-    ) -> None:
         queue: SimpleQueue[_Job] = SimpleQueue()
+        jobs = self._jobs(entries)
         for job in jobs:
             queue.put(job)
         errors: list[BaseException] = []
@@ -346,25 +333,24 @@ class Engine:
                     do(queue.get_nowait(), worker)
             except Empty:
                 pass
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001, raised again below
                 errors.append(error)
 
         intra_op = torch.get_num_threads()
-        pool = [threading.Thread(target=work, args=(self._worker(i),)) for i in range(threads)]
+        count = min(self.threads or intra_op, len(jobs))
+        pool = [threading.Thread(target=work, args=(self._worker(i),)) for i in range(1, count)]
         try:
             for thread in pool:
                 thread.start()
+            work(self._worker(0))
+        finally:
             for thread in pool:
                 thread.join()
-        except BaseException as error:  # KeyboardInterrupt: let the workers stop first
-            errors.append(error)
-            for thread in pool:
-                if thread.ident is not None:
-                    thread.join()
-        finally:
             torch.set_num_threads(intra_op)
         if errors:
             raise errors[0]
+        self._checked.update(entry.name for entry in entries)
+        self._warn_unrelated()
 
     def _worker(self, index: int) -> Worker:
         workers: list[Worker] = self.__dict__.setdefault("_workers", [])

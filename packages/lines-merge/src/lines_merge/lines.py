@@ -425,7 +425,7 @@ def edit_(
     alpha, beta = from_gamma(gamma, arguments.pop("alpha", None), arguments.pop("beta", None))
     rest = {key: arguments.pop(key) for key in ("vocab", "allow_nonfinite") if key in arguments}
     scaling = Scaling(alpha=alpha, beta=beta, **arguments)
-    engine = Engine(renamed, {"0": live}, **rest)
+    engine = Engine(renamed, {"0": live}, threads=1, **rest)
     plan = prepare(engine, TaskArithmetic(), scaling)
     names = [entry.name for entry in engine.merged()]
     with torch.no_grad():

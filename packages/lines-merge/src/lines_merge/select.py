@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -65,12 +66,14 @@ class Cut:
                 torch.ops.aten.hardshrink.out(part, bound, out=part)
 
 
+@lru_cache(maxsize=256)
 def _floor(value: float, dtype: torch.dtype) -> float:
     """Return the largest number of the dtype that is not above `value`."""
     rounded = torch.tensor(value, dtype=dtype).item()
     return rounded if rounded <= value else _below(rounded, dtype)
 
 
+@lru_cache(maxsize=256)
 def _below(value: float, dtype: torch.dtype) -> float:
     number = torch.tensor(value, dtype=dtype)
     return float(torch.nextafter(number, torch.tensor(-math.inf, dtype=dtype)))

@@ -100,9 +100,10 @@ class MemorySource:
         """Return a view of the elements (a copy if the tensor is not contiguous or not on the CPU)."""
         tensor = self._tensors[name]
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            if self._flat[0] != name:
-                self._flat = (name, tensor.cpu().contiguous().view(-1))
-            return self._flat[1][start:stop]
+            flat = self._flat  # one copy at a time, shared by threads
+            if flat[0] != name:
+                flat = self._flat = (name, tensor.cpu().contiguous().view(-1))
+            return flat[1][start:stop]
         return tensor.view(-1)[start:stop]
 
     def close(self) -> None:

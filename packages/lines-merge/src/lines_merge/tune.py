@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .depth import DepthMap
+from .errors import KeyMismatchError
 from .families import strip_wrappers
 from .schedule import Outside, check_finite, scales
 from .sources import StateDict
@@ -67,7 +69,7 @@ def tune(
     for point in grid:
         scores = evaluate(build(point))
         value = float(objective(scores))
-        if value != value:
+        if math.isnan(value):
             raise ValueError(f"the objective is NaN at grid point {point!r}")
         trace.append((point, scores, value))
         if best is None or value > best[1]:
@@ -97,20 +99,81 @@ def forgetting_objective(
     return weight * target / target_finetuned + sum(ratios) / len(ratios)
 
 
+class Tuner:
+    """Writes theta_0 + (alpha + beta x) tau into live parameters, for one (alpha, beta) after another.
+
+    The edited weights are affine in (alpha, beta), so base, task vector and depth x are kept once and a
+    grid point costs one fused multiply-add over the parameters. The fused operation rounds once where
+    `edit` rounds twice; the difference is one unit in the last place.
+
+    Args:
+        base: pre-trained weights (referenced, not copied).
+        update: the task vector, e.g. a `TaskVector` or a merged one; read once.
+        live: parameters to write into, by the names of `update`.
+        depth: a `DepthMap`, "auto" or a family.
+        schedule: see `scales`.
+        outside: "alpha" or "depth"; a number or a function would not be affine.
+        towers: see `scales`.
+
+    Raises:
+        KeyMismatchError: `base` or `live` lacks a name of `update`.
+    """
+
+    def __init__(
+        self,
+        base: StateDict,
+        update: Mapping[str, Tensor],
+        live: StateDict,
+        *,
+        depth: DepthMap | str = "auto",
+        schedule: str = "linear",
+        outside: Outside = "alpha",
+        towers: str = "separate",
+    ) -> None:
+        if outside not in ("alpha", "depth"):
+            raise ValueError(f"outside must be 'alpha' or 'depth' here, got {outside!r}")
+        names = list(update)
+        for label, state in (("the base", base), ("the model", live)):
+            missing = [name for name in names if name not in state]
+            if missing:
+                raise KeyMismatchError(f"{label} lacks {missing[:10]}")
+        # factors are alpha + beta * x, and x is the factor at alpha = 0, beta = 1
+        self._depth = scales(
+            names, 0.0, 1.0, depth=depth, schedule=schedule, outside=outside, towers=towers
+        )
+        self._base = {name: base[name].detach() for name in names}
+        self._update = {name: update[name] for name in names}
+        self._live: dict[str, Tensor] = {}
+        self.bind(live)
+
+    def bind(self, live: StateDict) -> None:
+        """Write into these parameters from now on."""
+        self._live = {name: live[name] for name in self._update}
+
+    @torch.no_grad()
+    def set(self, alpha: float, beta: float) -> None:
+        """Write the weights of one grid point."""
+        check_finite(alpha=alpha, beta=beta)
+        for name, target in self._live.items():
+            base, update = self._base[name], self._update[name]
+            factor = alpha + beta * self._depth[name]
+            if target.device == base.device == update.device:
+                torch.add(base, update, alpha=factor, out=target.detach())
+            else:
+                target.copy_(base.to(update.device) + factor * update)
+
+
 class ScaledModel:
     """A module whose LiNeS factors can be changed in place, as often as the grid asks.
 
-    The edited weights `theta_0 + (alpha + beta x) tau` are affine in (alpha, beta): base, task vector and
-    depth x are kept once, and a grid point costs one fused multiply-add over the parameters.
-
     Args:
-        model: module whose parameters are overwritten.
-        base: the pre-trained weights, a state dict (its floating-point tensors are referenced, not copied).
-        update: the task vector, e.g. a `TaskVector` or the merged one; read once.
-        depth: a `DepthMap`, "auto" or a family.
-        schedule: see `scales`.
-        outside: see `scales`; not a number or function, whose factors are not affine.
-        towers: see `scales`.
+        model: module whose parameters are overwritten; it can be copied and pickled with this object.
+        base: pre-trained weights, named as in the module (prefixes of wrappers aside).
+        update: the task vector, by the same names.
+        **arguments: see `Tuner`.
+
+    Raises:
+        KeyMismatchError: see `Tuner`.
 
     Example:
         >>> from lines_merge import TaskVector
@@ -124,45 +187,18 @@ class ScaledModel:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        base: StateDict,
-        update: Mapping[str, Tensor],
-        *,
-        depth: DepthMap | str = "auto",
-        schedule: str = "linear",
-        outside: Outside = "alpha",
-        towers: str = "separate",
+        self, model: nn.Module, base: StateDict, update: Mapping[str, Tensor], **arguments: Any
     ) -> None:
-        if outside not in ("alpha", "depth"):
-            raise ValueError(f"outside must be 'alpha' or 'depth' here, got {outside!r}")
         self.model = model
-        names = list(update)
-        keywords: dict[str, Any] = {
-            "depth": depth,
-            "schedule": schedule,
-            "outside": outside,
-            "towers": towers,
-        }
-        self._depth = scales(names, 0.0, 1.0, **keywords)
-        live = {strip_wrappers(n): n for n in model.state_dict()}
-        missing = [name for name in names if strip_wrappers(name) not in live]
-        if missing:
-            raise KeyError(f"the model lacks {missing[:10]}")
-        self._names = {name: live[strip_wrappers(name)] for name in names}
-        self._base = {name: base[name].detach() for name in names}
-        self._update = {name: update[name] for name in names}
+        plain = {strip_wrappers(name): base[name] for name in base}
+        vector = {strip_wrappers(name): update[name] for name in update}
+        self._tuner = Tuner(plain, vector, self._live(), **arguments)
 
-    @torch.no_grad()
+    def _live(self) -> dict[str, Tensor]:
+        return {strip_wrappers(n): value for n, value in self.model.state_dict().items()}
+
     def set(self, alpha: float, beta: float) -> nn.Module:
         """Write theta_0 + (alpha + beta x) tau into the model and return it."""
-        check_finite(alpha=alpha, beta=beta)
-        state = self.model.state_dict()
-        for name, live in self._names.items():
-            target, base, update = state[live], self._base[name], self._update[name]
-            factor = alpha + beta * self._depth[name]
-            if target.device == base.device == update.device:
-                torch.add(base, update, alpha=factor, out=target)
-            else:
-                target.copy_(base.to(update.device) + factor * update)
+        self._tuner.bind(self._live())  # a copy of this object has a module of its own
+        self._tuner.set(alpha, beta)
         return self.model
