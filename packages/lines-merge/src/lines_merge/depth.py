@@ -199,16 +199,17 @@ class DepthMap:
     def _map(self, function: Any) -> DepthMap:
         return DepthMap({n: function(b) if b else None for n, b in self._blocks.items()})
 
-    def describe(self, alpha: float, beta: float) -> str:
-        """Return the table (tensor, tower, index, count, factor) of the linear schedule.
+    def describe(self, alpha: float, beta: float, **keywords: Any) -> str:
+        """Return the table (tensor, tower, index, count, factor).
 
         Args:
             alpha: factor of the first block and of everything outside the blocks.
             beta: what the last block has on top of it.
+            **keywords: `schedule`, `outside`, `towers`; see `scales`.
         """
         from .schedule import factors
 
-        values = factors(self, alpha, beta)
+        values = factors(self, alpha, beta, **keywords)
         width = max([6, *map(len, self._blocks)])
         tower_width = max([5, *map(len, self.towers)])
         lines = [f"{'tensor':{width}}  {'tower':{tower_width}}  {'i':>4}  {'L':>4}  factor"]
@@ -301,8 +302,11 @@ def _labels(stacks: Sequence[Stack]) -> list[str]:
         else:
             parts = [part for part in ("encoder", "decoder") if part in lower.split(".")]
             labels.append(parts[-1] if parts else path)
-    if labels.count("image") == 1 and "text" not in labels and len(labels) == 2:
-        labels = [label if label == "image" else "text" for label in labels]
+    if labels.count("image") == 1 and "text" not in labels:  # open_clip's text tower has no prefix
+        labels = [
+            "text" if path == "transformer.resblocks" else label
+            for path, label in zip(paths, labels, strict=True)
+        ]
     return [
         label if labels.count(label) == 1 else path
         for label, path in zip(labels, paths, strict=True)

@@ -58,6 +58,7 @@ class Stack:
     samplers: dict[str, int] = field(default_factory=dict)  # name -> stage that it feeds
     staged: bool = False
     known: bool = True
+    doubtful: bool = False  # holds lists of different lengths: stages, or parallel branches?
 
     @property
     def template(self) -> str:
@@ -146,8 +147,12 @@ def _as_staged(container: _Container) -> Stack | None:
         return _as_features(container)
     if container.last not in _FLAT | {"stages", "layer#"}:
         return None
-    # MoE experts and T5's inner `layer.{j}` are lists too: below a flat container only these are blocks
-    inner = _NESTED_IN_STAGE if container.last in {"stages", "layer#"} else {"blocks", ""}
+    # MoE experts and T5's inner `layer.{j}` are lists, too: below a flat container few are blocks
+    inner = _NESTED_IN_STAGE
+    if container.last not in {"stages", "layer#"}:
+        inner = {"blocks"} if container.last == "layers" else {""}
+        if len(container.entries) > 8:
+            return None
     positions: dict[str, tuple[int, int]] = {}
     samplers: dict[str, int] = {}
     for stage, rests in container.entries.items():
@@ -297,6 +302,9 @@ def _classify(
                 known.append(_as_flat(container, known=True))
             elif listed is not None:
                 other.append(listed)
+            elif not _single_level(container):
+                other.append(_as_flat(container, known=False))
+                other[-1].doubtful = True
             elif len(container.entries) >= 2 and _alike(container):
                 other.append(_as_flat(container, known=False))
             else:
@@ -308,16 +316,19 @@ def _classify(
 
 
 def _single_level(container: _Container) -> bool:
-    """Refuse `layer.{i}` whose few entries hold lists of different lengths: stages in disguise."""
-    if len(container.entries) > 8:
+    """Whether the entries are blocks rather than lists of different lengths: stages in disguise."""
+    if not 2 <= len(container.entries) <= 12:
         return True
     lengths: dict[str, dict[int, set[int]]] = {}
     for index, rests in container.entries.items():
         for rest in rests.values():
             nested = _nested(rest)
-            if nested is not None and nested[0] in _FLAT:
+            if nested is not None and (nested[0] in _FLAT or not nested[0]):
                 lengths.setdefault(nested[0], {}).setdefault(index, set()).add(nested[1])
-    return all(len({len(found) for found in table.values()}) == 1 for table in lengths.values())
+    for table in lengths.values():
+        if len({len(table.get(index, ())) for index in container.entries}) > 1:
+            return False
+    return True
 
 
 def _refuse_rivals(
@@ -328,7 +339,8 @@ def _refuse_rivals(
     rivals = [
         stack
         for stack in other
-        if 2 * _share(stack, sizes) >= total and any(n.count(".") >= 3 for n in stack.positions)
+        if (10 if stack.doubtful else 2) * _share(stack, sizes) >= total
+        and any(n.count(".") >= 3 for n in stack.positions)
     ]
     if rivals:
         raise AmbiguousDepthError(
@@ -353,14 +365,23 @@ def _fallback(
         stack_parent, _, stack_last = stack.path.rpartition(".")
         if stack is ranked[0] or (stack_last == last and stack_parent != parent):
             towers.append(stack)
-        elif 2 * _share(stack, sizes) >= _share(ranked[0], sizes):
+        elif (
+            2 * _share(stack, sizes) >= _share(ranked[0], sizes)
+            or stack.doubtful
+            or _numbered_siblings(stack.path, ranked[0].path)
+        ):
             rivals.append(stack)
-    if rivals:
+    if rivals or any(stack.doubtful for stack in towers):
         raise AmbiguousDepthError(
             "several containers could be the stack of blocks; candidates:\n"
             f"{_explain([*towers, *rivals], sizes)}\n{_HINT}"
         )
     return [stack for stack in other if stack in towers]
+
+
+def _numbered_siblings(one: str, two: str) -> bool:
+    """Whether two paths differ in a trailing number only: `stage1` and `stage2` are one stack in parts."""
+    return one != two and one.rstrip("0123456789") == two.rstrip("0123456789")
 
 
 def compile_pattern(pattern: str) -> tuple[re.Pattern[str], bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -377,7 +378,13 @@ def make_merge(method: str | Merge, **arguments: Any) -> Merge:
     if isinstance(method, str):
         if method not in _REGISTRY:
             raise ValueError(f"unknown method {method!r}; allowed: {', '.join(sorted(_REGISTRY))}")
-        return _REGISTRY[method](**arguments)
+        factory = _REGISTRY[method]
+        allowed = inspect.signature(factory).parameters
+        wrong = sorted(set(arguments) - {name for name in allowed if not name.startswith("_")})
+        if wrong and not any(p.kind is p.VAR_KEYWORD for p in allowed.values()):
+            takes = ", ".join(name for name in allowed if not name.startswith("_")) or "none"
+            raise TypeError(f"method {method!r} takes no {', '.join(wrong)}; its arguments: {takes}")
+        return factory(**arguments)
     if not isinstance(method, Merge):
         raise TypeError(f"method must be a name or a Merge, got {type(method).__name__}")
     if arguments:

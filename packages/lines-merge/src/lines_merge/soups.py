@@ -12,6 +12,15 @@ from .schedule import check_finite
 from .sources import Source, label_models
 
 
+def check_fraction(**value: float) -> float:
+    """Return the one value given, or raise ValueError if it is outside [0, 1]."""
+    check_finite(**value)
+    ((name, number),) = value.items()
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {number}")
+    return float(number)
+
+
 def wise_ft(
     base: Source,
     finetuned: Source,
@@ -33,9 +42,8 @@ def wise_ft(
     Raises:
         ValueError: gamma outside [0, 1].
     """
-    check_finite(gamma=gamma, alpha=alpha, beta=beta)
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
+    check_fraction(gamma=gamma)
+    check_finite(alpha=alpha, beta=beta)
     return edit(base, finetuned, alpha=gamma * alpha, beta=gamma * beta, **arguments)
 
 
@@ -129,8 +137,6 @@ def rewarded_soup(
     Raises:
         ValueError: lam outside [0, 1].
     """
-    check_finite(lam=lam)
-    if not 0 <= lam <= 1:
-        raise ValueError(f"lam must be in [0, 1], got {lam}")
+    check_fraction(lam=lam)
     weights = [float(lam), 1.0 - float(lam)]
     return merge(base, [first, second], weights=weights, alpha=alpha, beta=beta, **arguments)
