@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -51,3 +52,20 @@ def models(base: State) -> list[State]:
 @pytest.fixture
 def finetune() -> Callable[..., State]:
     return make_finetuned
+
+
+@pytest.fixture(scope="session")
+def torchvision_operators() -> object:
+    """Define two operators that PyPI's torchvision lacks beside a CPU build of torch."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return None  # tests that need it skip
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None

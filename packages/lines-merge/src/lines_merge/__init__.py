@@ -18,7 +18,8 @@ from .errors import (
     ZeroTaskVectorError,
 )
 from .io.plan import MergePlan
-from .io.stream import MergeReport, merge_files, plan_files, run_recipe, sweep_files
+from .io.report import MergeReport
+from .io.stream import merge_files, plan_files, run_recipe, sweep_files
 from .lines import auto_alpha, edit, edit_, merge
 from .masks import PackedMasks, tall_masks
 from .merges import BaseMerge, Merge, register_merge

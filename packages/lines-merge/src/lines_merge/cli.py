@@ -168,9 +168,21 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments that were given, under the names of `merge_files`."""
     given = {
         name: value
-        for name in (
-            "alpha beta norm method schedule outside towers max_memory threads shard_size dtype buffers vocab"
-        ).split()
+        for name in [
+            "alpha",
+            "beta",
+            "norm",
+            "method",
+            "schedule",
+            "outside",
+            "towers",
+            "max_memory",
+            "threads",
+            "shard_size",
+            "dtype",
+            "buffers",
+            "vocab",
+        ]
         if (value := getattr(arguments, name, None)) is not None
     }
     flags = ("overwrite", "verify", "allow_nonfinite", "allow_gaps")

@@ -20,8 +20,8 @@ class Block(NamedTuple):
     """Position of a block: tower, 0-based index from the input, number of blocks in the tower."""
 
     tower: str
-    index: int
-    count: int
+    index: int  # type: ignore[assignment]
+    count: int  # type: ignore[assignment]
 
 
 class DepthMap:

@@ -58,6 +58,7 @@ class Stack:
     samplers: dict[str, int] = field(default_factory=dict)  # name -> stage that it feeds
     staged: bool = False
     known: bool = True
+    modules: bool = True  # whether the blocks have sub-modules, or weight and bias only
     doubtful: bool = False  # holds lists of different lengths: stages, or parallel branches?
 
     @property
@@ -193,7 +194,7 @@ def _as_flat(container: _Container, *, known: bool) -> Stack:
     path = container.path
     if container.last == "encoder_layer_":
         path = path.removesuffix(".encoder_layer_") + ".encoder_layer_"
-    return Stack(path, positions, known=known)
+    return Stack(path, positions, known=known, modules=_has_modules(container))
 
 
 def _alike(container: _Container) -> bool:
@@ -339,8 +340,7 @@ def _refuse_rivals(
     rivals = [
         stack
         for stack in other
-        if (10 if stack.doubtful else 2) * _share(stack, sizes) >= total
-        and any(n.count(".") >= 3 for n in stack.positions)
+        if (10 if stack.doubtful else 2) * _share(stack, sizes) >= total and stack.modules
     ]
     if rivals:
         raise AmbiguousDepthError(

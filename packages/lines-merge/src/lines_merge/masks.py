@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .engine import Cell, Engine
+from .cells import Cell
+from .engine import Engine
 from .merges import Merge, make_merge
 from .sources import Source, label_models, open_source
 from .ties import Ties, tall_mask

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .engine import Cell, CellFunction, Entry, Sums, magnitude_sum
+from .cells import Cell, CellFunction, Entry, Sums, magnitude_sum
 from .noise import uniform_words
 from .select import Cut, cuts, keep_count
 
@@ -23,9 +23,13 @@ class Stats(Protocol):
     """What a merge may ask of the whole model before it is applied: passes over all cells."""
 
     entries: dict[str, Entry]
-    num_models: int
     keys: list[str]
     passes: int
+
+    @property
+    def num_models(self) -> int:
+        """Number of models."""
+        ...
 
     def scan(self, function: CellFunction, names: Iterable[str] | None = None) -> None:
         """Call a function on every cell, from several threads; sums must not depend on the order."""
@@ -141,7 +145,7 @@ def check_weights(weights: Sequence[Weight] | None) -> Sequence[Weight] | None:
 
 def check_density(density: float, name: str = "density") -> float:
     """Raise ValueError unless a fraction was given."""
-    if not isinstance(density, (int, float)) or not 0 < density <= 1:
+    if not isinstance(density, float | int) or not 0 < density <= 1:
         raise ValueError(
             f"{name} must be a fraction in (0, 1], got {density!r}; 20 percent is {name}=0.2"
         )
@@ -160,6 +164,7 @@ def apply_weights(weights: Sequence[Weight] | None, deltas: Tensor, ctx: Cell) -
 
 
 def require_count(weights: Sequence[Any] | None, stats: Stats, name: str = "weights") -> None:
+    """Raise ValueError unless there is one item for each model."""
     if weights is not None and len(weights) != stats.num_models:
         raise ValueError(f"{name} has {len(weights)} items for {stats.num_models} models")
 
@@ -306,7 +311,7 @@ class Drop:
     """
 
     def __init__(self, p: float, seed: int) -> None:
-        if not isinstance(p, (int, float)) or not 0 <= p < 1:
+        if not isinstance(p, float | int) or not 0 <= p < 1:
             raise ValueError(f"p must be a probability in [0, 1), got {p!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an integer, got {seed!r}")
@@ -383,7 +388,9 @@ def make_merge(method: str | Merge, **arguments: Any) -> Merge:
         wrong = sorted(set(arguments) - {name for name in allowed if not name.startswith("_")})
         if wrong and not any(p.kind is p.VAR_KEYWORD for p in allowed.values()):
             takes = ", ".join(name for name in allowed if not name.startswith("_")) or "none"
-            raise TypeError(f"method {method!r} takes no {', '.join(wrong)}; its arguments: {takes}")
+            raise TypeError(
+                f"method {method!r} takes no {', '.join(wrong)}; its arguments: {takes}"
+            )
         return factory(**arguments)
     if not isinstance(method, Merge):
         raise TypeError(f"method must be a name or a Merge, got {type(method).__name__}")

@@ -11,10 +11,11 @@ from .depth import Block, DepthMap
 Outside = str | float | Callable[[str], float]
 
 # Outside the blocks, what lies behind the last one; all else (embeddings, stem) lies before the first.
+_BEFORE = re.compile(r"(?:^|[._])(?:stem|patch|\w*embed(?!_out)\w*)(?:\.|$)")
 _BEHIND = re.compile(
     r"(?:^|\.)(?:norm|ln_f|ln_post|ln_final|norm_f|fc_norm|final_\w*norm|final_layernorm|post_layernorm"
     r"|layer_norm|layernorm|ln|head\w*|lm_head|classifier|fc|score|proj|pooler|embed_out|logit_scale"
-    r"|logit_bias|text_projection|visual_projection|image_projection)(?:\.(?!.*embed)|$)"
+    r"|logit_bias|text_projection|visual_projection|image_projection)(?:\.|$)"
 )
 
 
@@ -22,7 +23,7 @@ def check_finite(**values: float) -> None:
     """Raise ValueError for a factor that is NaN or infinite, TypeError for what is no number."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+            raise TypeError(f"{name} must be a finite number, got {value!r}")
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
 
@@ -63,7 +64,7 @@ def linear_factor(index: int, count: int, alpha: float, beta: float) -> float:
 def position(name: str, block: Block | None) -> float:
     """Return the relative depth in [0, 1]; outside the blocks 0 before them and 1 behind."""
     if block is None:
-        return float(_BEHIND.search(name) is not None)
+        return float(_BEHIND.search(name) is not None and _BEFORE.search(name) is None)
     return linear_factor(block.index, block.count, 0.0, 1.0)
 
 

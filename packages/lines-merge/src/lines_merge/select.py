@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .engine import Cell, CellFunction, Entry
+from .cells import Cell, CellFunction, Entry
 
 _BINS = 1 << 16
 Transform = Callable[[Cell], None]
@@ -28,7 +28,6 @@ class Scanner(Protocol):
     """The passes that selection needs; `engine.Engine` has them."""
 
     entries: dict[str, Entry]
-    num_models: int
 
     def scan(self, function: CellFunction, names: Iterable[str] | None = None) -> None:
         """Call the function on every cell."""

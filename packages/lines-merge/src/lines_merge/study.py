@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .cells import Cell, Sums, magnitude_sum
 from .depth import DepthMap
-from .engine import Cell, Engine, Sums, magnitude_sum
+from .engine import Engine
 from .sources import TensorSource
 
 
@@ -28,20 +29,22 @@ def block_norms(
     engine = Engine(base, {"0": other}, strict=False, allow_nonfinite=True)
     sums: dict[str, Sums] = {}
     keys: dict[str, tuple[str, int]] = {}
+    blocks = {name: depth[name] if name in depth else None for name in engine.entries}  # noqa: SIM401
     for name in engine.entries:
-        block = depth[name] if name in depth else None
+        block = blocks[name]
         label = f"{block.tower}.{block.index}" if block else "outside"
         keys[label] = (block.tower, block.index) if block else ("\uffff", 0)
         sums.setdefault(label, Sums(2))
 
     def measure(cell: Cell) -> None:
-        block = depth[cell.name]
+        block = blocks[cell.name]
         label = f"{block.tower}.{block.index}" if block else "outside"
         update = magnitude_sum(cell.deltas[0], 2, cell.scratch(0))
         sums[label].add(cell.name, update, magnitude_sum(cell.base, 2, cell.scratch(0)))
 
     engine.scan(measure)
-    return [
-        (label, *(total**0.5 for total in sums[label].totals()))  # type: ignore[misc]
-        for label in sorted(sums, key=lambda label: keys[label])
-    ]
+    rows = []
+    for label in sorted(sums, key=lambda label: keys[label]):
+        update, size = sums[label].totals()
+        rows.append((label, update**0.5, size**0.5))
+    return rows

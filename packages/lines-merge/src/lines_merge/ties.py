@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .engine import Cell, Sums, magnitude_sum
+from .cells import Cell, Sums, magnitude_sum
 from .merges import (
     BaseMerge,
     Drop,

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .cells import CELL, Sums, magnitude_sum
 from .depth import DepthMap
-from .engine import CELL, Sums, magnitude_sum
 from .errors import KeyMismatchError, ShapeMismatchError
 from .schedule import Outside, check_finite, scales
 from .sources import FLOATS, Source, TensorSource, open_source
@@ -108,9 +108,9 @@ class TaskVector(Mapping[str, Tensor]):
     def _each(self, change: Callable[[_Term], _Term]) -> TaskVector:
         return self._of(change(term) for term in self._terms)
 
-    def __add__(self, other: TaskVector) -> TaskVector:
+    def __add__(self, other: TaskVector | int) -> TaskVector:
         """Add another task vector with the same parameters."""
-        if other == 0 and not isinstance(other, TaskVector):  # the start value of sum([...])
+        if isinstance(other, int) and other == 0:  # the start value of sum([...])
             return self
         if not isinstance(other, TaskVector):
             return NotImplemented
@@ -122,7 +122,7 @@ class TaskVector(Mapping[str, Tensor]):
 
     def __sub__(self, other: TaskVector) -> TaskVector:
         """Subtract another task vector."""
-        return self + -other if isinstance(other, TaskVector) else NotImplemented
+        return self + (-other)
 
     def __neg__(self) -> TaskVector:
         """Return the negated update (task negation)."""
@@ -158,7 +158,7 @@ class TaskVector(Mapping[str, Tensor]):
             raise ValueError(f"p must be 1 or 2, got {p!r}")
         sums = Sums(1)
         for name in self:
-            for part in self[name].view(-1).split(CELL):
+            for part in torch.split(self[name].view(-1), CELL):
                 sums.add(name, magnitude_sum(part, p, torch.empty_like(part)))
         return float(sums.totals()[0] ** (1 / p))
 

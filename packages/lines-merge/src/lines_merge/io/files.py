@@ -19,7 +19,7 @@ ADVICE = hasattr(os, "posix_fadvise")
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor."""
-    return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return memoryview(tensor.view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
 
 
 class ReadFile:

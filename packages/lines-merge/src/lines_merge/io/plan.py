@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..engine import CELL, Engine
-from ..lines import Scaling
+from ..cells import CELL
+from ..engine import Engine
 from ..merges import Merge
+from ..scaling import Scaling
 from ..sources import TensorInfo
 from .header import Layout, layout
 

@@ -75,7 +75,9 @@ TASKS: Mapping[str, Task] = {
     "Food101": Task(4, "Food101", **_split()),
     "FashionMNIST": Task(5, "FashionMNIST", **_FLAG),
     "RenderedSST2": Task(39, "RenderedSST2", **_split()),
-    "EMNIST": Task(2, "EMNIST", {"train": True, "split": "digits"}, {"train": False, "split": "digits"}),
+    "EMNIST": Task(
+        2, "EMNIST", {"train": True, "split": "digits"}, {"train": False, "split": "digits"}
+    ),
     "KMNIST": Task(5, "KMNIST", **_FLAG),
 }
 """The paper's order: the first 8, 14 or all 20 are its suites."""
@@ -133,7 +135,7 @@ def download(
         print(f"downloading {url} to {target}", file=sys.stderr)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        with urllib.request.urlopen(url) as source, partial.open("wb") as sink:  # noqa: S310
+        with urllib.request.urlopen(url) as source, partial.open("wb") as sink:
             while block := source.read(1 << 20):
                 sink.write(block)
         if (found := _digest(partial)) != sha256:
@@ -152,7 +154,9 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch_checkpoints(model: str = "ViT-B-32", data_dir: str | os.PathLike[str] | None = None) -> Path:
+def fetch_checkpoints(
+    model: str = "ViT-B-32", data_dir: str | os.PathLike[str] | None = None
+) -> Path:
     """Download the published checkpoints of one encoder (the hub verifies its own checksums).
 
     Raises:
@@ -166,7 +170,13 @@ def fetch_checkpoints(model: str = "ViT-B-32", data_dir: str | os.PathLike[str] 
     except ImportError as error:
         raise ImportError('the checkpoints need pip install "lines-merge[hf]"') from error
     pattern = f"*{model.rpartition('-')[2]}*"
-    return Path(snapshot_download(REPOSITORY, allow_patterns=pattern, cache_dir=data_dir))
+    return Path(
+        snapshot_download(
+            REPOSITORY,
+            allow_patterns=pattern,
+            cache_dir=None if data_dir is None else Path(data_dir),
+        )
+    )
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -242,7 +252,9 @@ def load_images(
     if entry.torchvision is None:
         for part in ("train", "test"):
             if not (folder / part).is_dir():
-                raise FileNotFoundError(f"put the {part} images of {task} into {folder / part}/<class>/")
+                raise FileNotFoundError(
+                    f"put the {part} images of {task} into {folder / part}/<class>/"
+                )
         train = datasets.ImageFolder(folder / "train", transform=transform)
         test = datasets.ImageFolder(folder / "test", transform=transform)
     else:
