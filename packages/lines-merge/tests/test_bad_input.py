@@ -202,6 +202,10 @@ def test_identical_checkpoints(base: State, method: str, tmp_path: Path) -> None
     zero = {name: torch.zeros_like(value) for name, value in base.items()}
     with pytest.raises(lm.ZeroTaskVectorError):
         lm.auto_alpha([zero], zero)
+    with pytest.raises(ValueError, match="no task vector"):
+        lm.auto_alpha([], base)
+    with pytest.raises(ValueError, match="norm must be 1 or 2"):
+        lm.auto_alpha([base], base, norm=3)
 
 
 def test_no_block_and_ambiguous_depth(tmp_path: Path) -> None:
@@ -225,7 +229,7 @@ def test_quantised_layers(name: str) -> None:
 
 def test_dtypes_without_arithmetic() -> None:
     state = {"w": torch.zeros(2, dtype=torch.complex64)}
-    with pytest.raises(lm.UnsupportedDtypeError, match="'w' is torch.complex64"):
+    with pytest.raises(lm.UnsupportedDtypeError, match=r"'w' is torch.complex64"):
         lm.merge(state, [state])
 
 
@@ -242,7 +246,7 @@ def test_float8_needs_a_dtype(dtype: torch.dtype) -> None:
 
 def test_dtype_argument(base: State, models: list[State]) -> None:
     for wrong in ("int8", "half precision", torch.int64):
-        with pytest.raises(ValueError, match="dtype must be one of torch.float32"):
+        with pytest.raises(ValueError, match=r"dtype must be one of torch.float32"):
             lm.merge(base, models, dtype=wrong)
 
 

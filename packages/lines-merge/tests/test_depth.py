@@ -291,7 +291,7 @@ def test_ambiguous_names_are_refused_with_candidates_and_a_way_out(names: list[s
 @pytest.mark.parametrize("names", [["a.weight", "b.bias"], ["layer1.weight", "layer2.weight"], []])
 def test_no_block_is_refused(names: list[str]) -> None:
     with pytest.raises(
-        lm.DepthError, match="no stack of blocks found.*from_patterns|no stack"
+        lm.DepthError, match=r"no stack of blocks found.*from_patterns|no stack"
     ) as info:
         lm.DepthMap.from_names(names)
     assert "from_patterns" in str(info.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -85,7 +86,7 @@ def test_the_last_block_keeps_factor_one_for_every_gamma(gamma: float, count: in
     factors = list(lm.scales(names, gamma, 1 - gamma).values())
     assert factors[-1] == 1
     assert factors[0] == gamma
-    assert all(a <= b for a, b in zip(factors, factors[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(factors))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -28,11 +28,6 @@ class Entry:
     limits: tuple[int, ...] = ()
     """Elements that each model shares with the base: fewer if its embedding lacks rows."""
 
-    @property
-    def clipped(self) -> bool:
-        """Whether some model has other rows than the base (`vocab="base"`)."""
-        return any(limit < self.info.numel for limit in self.limits)
-
 
 @dataclass
 class Cell:

@@ -193,16 +193,18 @@ def edit_(
         reader: TensorSource = MemorySource(base, "base", shards=True)
     else:
         reader = open_source(base, "base")
-    aliases = {a: b for a, b in live.aliases.items() if a in map(strip_wrappers, reader.tensors)}
-    renamed = RenamedSource(reader, {strip_wrappers(n): n for n in reader.tensors}, aliases)
+    names = {strip_wrappers(name): name for name in reader.tensors}
+    # a tied parameter is edited once, under one of its names
+    aliases = {a: b for a, b in live.aliases.items() if a in names and b in names}
+    renamed = RenamedSource(reader, names, aliases)
     alpha, beta = from_gamma(gamma, arguments.pop("alpha", None), arguments.pop("beta", None))
     rest = {key: arguments.pop(key) for key in ("vocab", "allow_nonfinite") if key in arguments}
     scaling = Scaling(alpha=alpha, beta=beta, **arguments)
     engine = Engine(renamed, {"0": live}, threads=1, **rest)
     plan = prepare(engine, TaskArithmetic(), scaling)
-    names = [entry.name for entry in engine.merged()]
+    table = scaling.factors([entry.name for entry in engine.merged()], plan.alpha)
     with torch.no_grad():
-        plan.write([_InPlaceSink(state)], [scaling.factors(names, plan.alpha)])
+        plan.write([_InPlaceSink(state)], [table])
     return model
 
 
