@@ -1,0 +1,407 @@
+"""One pass over base and models, cell by cell: what merging in memory and merging files share.
+
+A *cell* is a fixed run of elements of one flattened tensor. Every statistic is summed in float64 within
+a cell and the cells' sums are added exactly (`math.fsum`), and every other operation is element-wise and
+built of single correctly rounded steps. So results do not depend on chunk size, sharding or threads.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cells import CELL, Cell, CellFunction, Entry, Worker
+from .errors import (
+    KeyMismatchError,
+    NonFiniteError,
+    ShapeMismatchError,
+    SkippedTensorsWarning,
+    UnrelatedBaseWarning,
+)
+from .sources import FLOAT8, FLOATS, TensorInfo, TensorSource, check_dtype
+
+_SAMPLE = 16  # one cell in 16 enters the check that models and base belong together
+_EMBEDDING = {
+    "embed_tokens",
+    "tok_embeddings",
+    "word_embeddings",
+    "token_embedding",
+    "wte",
+    "shared",
+}
+_EMBEDDING |= {"lm_head", "embed_in", "embed_out"}
+
+
+class Sink(Protocol):
+    """Where results go, chunk by chunk."""
+
+    def buffer(self, entry: Entry, start: int, stop: int, worker: Worker) -> Tensor:
+        """Return the tensor to write elements start..stop into."""
+        ...
+
+    def flush(self, entry: Entry, start: int, stop: int, values: Tensor) -> None:
+        """Take the elements."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Job:
+    entry: Entry
+    start: int
+    stop: int
+    check: bool
+
+
+class Engine:
+    """Base and models, aligned and checked, with passes over their cells.
+
+    Args:
+        base: the reader of the base.
+        models: readers of the models, by key.
+        strict: whether missing and extra tensors are errors.
+        vocab: "base" lets embeddings differ in their number of rows.
+        dtype: dtype of the result, None for that of each base tensor.
+        allow_nonfinite: skip the search for NaN and infinity.
+        chunk: elements that one thread reads at once; a multiple of `CELL`.
+        threads: workers, the calling thread among them; 0 takes torch's number of threads.
+        cache: bytes of inputs that may be kept in memory between passes.
+        depth: relative depth of tensors, for methods with weights that vary over depth.
+        on_progress: called with the number of bytes after each chunk.
+    """
+
+    def __init__(
+        self,
+        base: TensorSource,
+        models: Mapping[str, TensorSource],
+        *,
+        strict: bool = True,
+        vocab: str | None = None,
+        dtype: torch.dtype | None = None,
+        allow_nonfinite: bool = False,
+        chunk: int = 32 * CELL,
+        threads: int = 0,
+        cache: int = 0,
+        depth: Mapping[str, float] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        if vocab not in {None, "base"}:
+            raise ValueError(f"vocab must be None or 'base', got {vocab!r}")
+        self.base, self.models, self.keys = base, list(models.values()), list(models)
+        self.dtype, self.chunk, self.threads, self.cache = dtype, chunk, threads, cache
+        self.allow_nonfinite = allow_nonfinite
+        self.depth: Mapping[str, float] = depth or {}
+        self.on_progress = on_progress
+        self.skipped: dict[str, list[str]] = {}
+        self.extra: dict[str, list[str]] = {}
+        self.entries = self._align(strict, vocab)
+        self.bytes_read = 0
+        self.passes = 0
+        self._checked: set[str] = set()
+        self._held: dict[tuple[int, str], Tensor] = {}
+        self._loaded: set[tuple[str, int]] = set()
+        self._lock = threading.Lock()
+        self._squares = np.zeros(len(self.models) + 1)
+
+    def _align(self, strict: bool, vocab: str | None) -> dict[str, Entry]:
+        """Compare names, shapes and dtypes; return the entries sorted by name."""
+        wanted = self.base.tensors
+        for source in [self.base, *self.models]:
+            for name, info in source.tensors.items():
+                check_dtype(name, info, source.label, dtype_given=self.dtype is not None)
+        for source in self.models:
+            # a tied tensor may be stored under one of its names only
+            missing = [n for n in wanted if n not in source.tensors and n not in self.base.aliases]
+            extra = [n for n in source.tensors if n not in wanted and n not in source.aliases]
+            if strict and (missing or extra):
+                raise KeyMismatchError(
+                    f"{source.label} does not have the tensors of the base: "
+                    f"missing {_some(missing)}; extra {_some(extra)}; "
+                    "strict=False keeps base values for the missing and drops the extra ones"
+                )
+            if missing:
+                self.skipped[source.label] = missing
+            if extra:
+                self.extra[source.label] = extra
+        if self.skipped:
+            text = "; ".join(f"{label}: {_some(names)}" for label, names in self.skipped.items())
+            warnings.warn(f"kept from the base: {text}", SkippedTensorsWarning, stacklevel=5)
+        absent = {name for names in self.skipped.values() for name in names}
+        return {
+            name: self._entry(name, wanted[name], vocab, absent=name in absent)
+            for name in sorted(wanted)
+            if name not in self.base.aliases
+        }
+
+    def _entry(self, name: str, info: TensorInfo, vocab: str | None, *, absent: bool) -> Entry:
+        if absent:
+            return Entry(name, info, merged=False)
+        limits = []
+        for source in self.models:
+            other = source.tensors[name]
+            limits.append(info.numel)
+            if other.shape == info.shape:
+                continue
+            rows_only = (
+                vocab == "base"
+                and len(info.shape) == len(other.shape) == 2
+                and info.shape[1] == other.shape[1]
+                and any(part in _EMBEDDING for part in name.split("."))
+            )
+            if not rows_only:
+                raise ShapeMismatchError(
+                    f"{name!r} has shape {info.shape} in {self.base.label} and {other.shape} in "
+                    f"{source.label}; vocab='base' accepts embeddings with other numbers of rows"
+                )
+            limits[-1] = min(info.numel, other.numel)
+        return Entry(name, info, info.dtype in FLOATS + FLOAT8, tuple(limits))
+
+    @property
+    def num_models(self) -> int:
+        """Number of models."""
+        return len(self.models)
+
+    def merged(self) -> list[Entry]:
+        """Entries with arithmetic, sorted by name: the flat order of the parameters."""
+        return [entry for entry in self.entries.values() if entry.merged]
+
+    def compute_dtype(self, entry: Entry) -> torch.dtype:
+        """Return float64 where an input is, else float32."""
+        dtypes = {entry.info.dtype, *(m.tensors[entry.name].dtype for m in self.models)}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    def output_dtype(self, entry: Entry) -> torch.dtype:
+        """Return the dtype of the result."""
+        return self.dtype if entry.merged and self.dtype is not None else entry.info.dtype
+
+    def nbytes(self, entries: Iterable[Entry]) -> int:
+        """Return the bytes that a pass over these entries reads."""
+        total = 0
+        for entry in entries:
+            total += entry.info.nbytes
+            if entry.merged:
+                total += sum(model.tensors[entry.name].nbytes for model in self.models)
+        return total
+
+    # Passes
+
+    def scan(self, function: CellFunction, names: Iterable[str] | None = None) -> None:
+        """Call `function` on every cell of the named tensors (default: all), from several threads."""
+        entries = self.merged() if names is None else [self.entries[name] for name in names]
+        self.passes += names is None
+        self._run(entries, lambda job, worker: self._scan_job(job, worker, function))
+
+    def write(
+        self,
+        function: Callable[[Cell, Sequence[Tensor]], None],
+        sinks: Sequence[Sink],
+        names: Iterable[str] | None = None,
+    ) -> None:
+        """Let `function` fill each sink's elements for every cell; copy what has no arithmetic."""
+        entries = list(self.entries.values()) if names is None else []
+        entries = entries or [self.entries[name] for name in names or ()]
+        self.passes += names is None
+        self._run(entries, lambda job, worker: self._write_job(job, worker, function, sinks))
+
+    @contextmanager
+    def hold(self, names: Iterable[str] | None = None) -> Iterator[bool]:
+        """Keep the inputs of these tensors in memory between passes, if the cache has room."""
+        entries = self.merged() if names is None else [self.entries[name] for name in names]
+        sources = [self.base, *self.models]
+        fits = self.nbytes(entries) <= self.cache and any(source.on_disk for source in sources)
+        added = []
+        if fits:
+            for entry in entries:
+                for index, source in enumerate(sources):
+                    key = (index, entry.name)
+                    longer = source.tensors[entry.name].numel != entry.info.numel
+                    if key not in self._held and source.on_disk and not longer:
+                        info = source.tensors[entry.name]
+                        self._held[key] = torch.empty(info.numel, dtype=info.dtype)
+                        added.append(key)
+        try:
+            yield fits
+        finally:
+            names_added = {key[1] for key in added}
+            for key in added:
+                del self._held[key]
+            self._loaded = {key for key in self._loaded if key[0] not in names_added}
+
+    def _jobs(self, entries: Iterable[Entry]) -> list[_Job]:
+        jobs = []
+        for entry in entries:
+            check = entry.merged and entry.name not in self._checked
+            total = entry.info.numel
+            for start in range(0, max(total, 1), self.chunk):
+                jobs.append(_Job(entry, start, min(total, start + self.chunk), check))
+        return jobs
+
+    def _run(self, entries: Sequence[Entry], do: Callable[[_Job, Worker], None]) -> None:
+        """Work through the chunks, in this thread or in several."""
+        queue: SimpleQueue[_Job] = SimpleQueue()
+        jobs = self._jobs(entries)
+        for job in jobs:
+            queue.put(job)
+        errors: list[BaseException] = []
+
+        def work(worker: Worker) -> None:
+            torch.set_num_threads(1)  # of this thread: the chunks are the parallelism
+            try:
+                while not errors:
+                    do(queue.get_nowait(), worker)
+            except Empty:
+                pass
+            except BaseException as error:  # noqa: BLE001, raised again below
+                errors.append(error)
+
+        intra_op = torch.get_num_threads()
+        count = min(self.threads or intra_op, len(jobs))
+        pool = [threading.Thread(target=work, args=(self._worker(i),)) for i in range(1, count)]
+        try:
+            for thread in pool:
+                thread.start()
+            work(self._worker(0))
+        finally:
+            for thread in pool:
+                thread.join()
+            torch.set_num_threads(intra_op)
+        if errors:
+            raise errors[0]
+        self._checked.update(entry.name for entry in entries)
+        self._warn_unrelated()
+
+    def _worker(self, index: int) -> Worker:
+        workers: list[Worker] = self.__dict__.setdefault("_workers", [])
+        while len(workers) <= index:
+            workers.append(Worker())
+        return workers[index]
+
+    # One chunk
+
+    def _read(self, job: _Job, worker: Worker) -> list[Tensor]:
+        """Return the chunk of base and models, as stored."""
+        entry, size = job.entry, job.stop - job.start
+        sources = [self.base, *self.models] if entry.merged else [self.base]
+        rows: list[Tensor] = []
+        for index, source in enumerate(sources):
+            held = self._held.get((index, entry.name))
+            stop = job.stop if index == 0 or not entry.limits else entry.limits[index - 1]
+            stop = min(stop, job.stop)
+            if held is not None:
+                row = held[job.start : job.stop]
+                if (entry.name, job.start) not in self._loaded:
+                    source.read(entry.name, job.start, job.stop, row)
+            else:
+                dtype = source.tensors[entry.name].dtype
+                buffer = worker.chunk(index, dtype, size) if source.on_disk else None
+                row = source.read(entry.name, min(job.start, stop), stop, buffer)
+            if row.numel() < size:  # fewer embedding rows than the base: no update there
+                tail = rows[0][row.numel() :].to(row.dtype)
+                row = torch.cat([row, tail])
+            rows.append(row)
+            self._count(row.numel() * row.element_size())
+        if self._held:
+            with self._lock:
+                self._loaded.add((entry.name, job.start))
+        return rows
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.bytes_read += nbytes
+            if self.on_progress is not None:
+                self.on_progress(nbytes)
+
+    def _cells(self, job: _Job, worker: Worker, rows: Sequence[Tensor]) -> Iterator[Cell]:
+        entry = job.entry
+        dtype = self.compute_dtype(entry)
+        block = worker.block(len(rows), dtype)
+        depth = self.depth.get(entry.name, 0.0)
+        for offset in range(0, job.stop - job.start, CELL):
+            size = min(CELL, job.stop - job.start - offset)
+            raw = [row[offset : offset + size] for row in rows]
+            for index, row in enumerate(raw):
+                block[index, :size].copy_(row)
+            base, deltas = block[0, :size], block[1:, :size]
+            torch.sub(deltas, base, out=deltas)
+            start = job.start + offset
+            yield Cell(entry, start, size, self.keys, base, deltas, raw[0], raw[1:], worker, depth)
+
+    def _scan_job(self, job: _Job, worker: Worker, function: CellFunction) -> None:
+        rows = self._read(job, worker)
+        for cell in self._cells(job, worker, rows):
+            if job.check:
+                self._check(cell)
+            function(cell)
+
+    def _write_job(
+        self,
+        job: _Job,
+        worker: Worker,
+        function: Callable[[Cell, Sequence[Tensor]], None],
+        sinks: Sequence[Sink],
+    ) -> None:
+        rows = self._read(job, worker)
+        entry = job.entry
+        buffers = [sink.buffer(entry, job.start, job.stop, worker) for sink in sinks]
+        if entry.merged:
+            for cell in self._cells(job, worker, rows):
+                if job.check:
+                    self._check(cell)
+                offset = cell.start - job.start
+                function(cell, [buffer[offset : offset + cell.size] for buffer in buffers])
+        else:
+            for buffer in buffers:
+                buffer.copy_(rows[0])
+        for sink, buffer in zip(sinks, buffers, strict=True):
+            sink.flush(entry, job.start, job.stop, buffer)
+
+    # Checks of the first pass
+
+    def _check(self, cell: Cell) -> None:
+        """Look for NaN and infinity, and sample the size of the updates."""
+        if not self.allow_nonfinite and not math.isfinite(cell.deltas.sum().item()):
+            self._raise_nonfinite(cell)
+        if (cell.start // CELL) % _SAMPLE == 0:
+            rows = [row.numpy() for row in (cell.base, *cell.deltas)]
+            with np.errstate(all="ignore"):
+                squares = [float(np.dot(row, row)) for row in rows]
+            with self._lock:
+                self._squares += squares
+
+    def _raise_nonfinite(self, cell: Cell) -> None:
+        """Find the culprit; a sum can also overflow without one."""
+        labels = [self.base.label, *(model.label for model in self.models)]
+        for label, raw in zip(labels, [cell.raw_base, *cell.raw_models], strict=True):
+            bad = (~torch.isfinite(raw.to(cell.base.dtype))).nonzero()
+            if bad.numel():
+                index = cell.start + int(bad[0])
+                raise NonFiniteError(
+                    f"{cell.name!r} of {label} holds {float(raw[int(bad[0])])} at flat index {index}; "
+                    "allow_nonfinite=True lets it pass"
+                )
+
+    def _warn_unrelated(self) -> None:
+        base, *updates = self._squares.tolist()
+        self._squares[:] = 0
+        for model, square in zip(self.models, updates, strict=True):
+            if 0 < base < math.inf and 0.25 < square / base < math.inf:
+                warnings.warn(
+                    f"the update of {model.label} is {math.sqrt(square / base):.2f} times as large "
+                    "as the base weights; was it fine-tuned from this base?",
+                    UnrelatedBaseWarning,
+                    stacklevel=5,
+                )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:10])
+    return f"[{shown}{', ...' if len(names) > 10 else ''}] ({len(names)})"

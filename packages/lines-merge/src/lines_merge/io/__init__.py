@@ -1,0 +1,1 @@
+"""Checkpoint files: reading them safely and merging them out of core."""

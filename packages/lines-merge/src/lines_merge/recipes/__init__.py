@@ -1,0 +1,1 @@
+"""Experiments of the paper, in kind and in full."""
