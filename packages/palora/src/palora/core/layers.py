@@ -185,7 +185,7 @@ class AdaptedLayer(Switched):
 
     def _blocks_repeat(self, active: Active, x: Tensor) -> Tensor | None:
         """The samples that every ray sees alike, if ``x`` is a tiled input of the model."""
-        if not active.tiled or torch.compiler.is_compiling() or not x.is_contiguous():
+        if torch.compiler.is_compiling() or not active.tiled or not x.is_contiguous():
             return None
         rays = active.rays
         for address, elements, source in active.tiled:
