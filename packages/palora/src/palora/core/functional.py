@@ -196,13 +196,20 @@ class _MixedLinear(torch.autograd.Function):
             if need_b:
                 gb = g2.sum(0).to(bias_dtype)
             full = None
-            if need_w:
+            if need_w and stacked:
+                rays = up.shape[0]
+                blocks = g2.view(rays, -1, g2.shape[-1]).transpose(1, 2)
+                full = torch.bmm(blocks, x2.view(rays, -1, x2.shape[-1]))
+            elif need_w:
                 full = g2.t() @ x2
-                gw = (full.t() if transposed else full).to(weight.dtype)
+            if full is not None:
+                gw = full.sum(0) if stacked else full
+                gw = (gw.t() if transposed else gw).to(weight.dtype)
             if need_up or need_down:
-                if full is not None and not stacked:
+                if full is not None:
                     full = full.to(up.dtype)
-                    gup, gdown = scale * (full @ down.t()), scale * (up.t() @ full)
+                    gup = (down @ full.transpose(-2, -1)).transpose(-2, -1) * scale
+                    gdown = scale * (_reduce(up).t() @ _reduce(full))
                 else:
                     gup, gdown = _factor_grads(g2, x2, up, down, scale)
         return gx, gw, gb, gup, gdown, None, None, None
