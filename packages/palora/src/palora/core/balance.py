@@ -125,16 +125,15 @@ class GradBalance:
 
 def _one_by_one(losses: Sequence[Tensor], parameters: list[Tensor]) -> list[list[Tensor | None]]:
     last = len(losses) - 1
+    # entries of one tensor give every parameter a gradient, zero where they do not reach it
+    joined = losses[0].grad_fn is not None and losses[0].grad_fn is losses[1].grad_fn
     rows: list[list[Tensor | None]] = []
     for t, loss in enumerate(losses):
         if not loss.requires_grad:
             rows.append([None] * len(parameters))
             continue
-        rows.append(
-            list(
-                torch.autograd.grad(loss, parameters, retain_graph=t < last, allow_unused=True)
-            )
-        )
+        row = torch.autograd.grad(loss, parameters, retain_graph=t < last, allow_unused=True)
+        rows.append([None if g is None or (joined and not bool(g.any())) else g for g in row])
     return rows
 
 

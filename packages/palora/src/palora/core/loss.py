@@ -223,10 +223,11 @@ def step_loss(
     all_losses, all_weights = [], []
     collected: dict[int, tuple[Tensor, Tensor | None]] = {}
     for part in values.split(size):
-        vectors = _ray_losses(model, loss_fn, batch, part, norm, shared_mask, state.tasks)
+        scalars = _ray_losses(model, loss_fn, batch, part, norm, shared_mask, state.tasks)
+        vectors = [torch.stack(row) for row in scalars]
         if by_gradient:
             assert isinstance(balance, GradBalance | FullBalance)
-            piece, weights = _by_gradient(model, balance, vectors, part[0], factor, collected)
+            piece, weights = _by_gradient(model, balance, scalars[0], part[0], factor, collected)
         else:
             scale = [balance(v) if isinstance(balance, LossBalance) else None for v in vectors]
             kept = [v if w is None else v * w for v, w in zip(vectors, scale, strict=True)]
@@ -271,8 +272,8 @@ def _ray_losses(
     norm: Literal["per-ray", "joint"],
     shared_mask: bool,
     tasks: Sequence[str],
-) -> list[Tensor]:
-    """The loss vector ``(T,)`` of each ray, in one pass."""
+) -> list[list[Tensor]]:
+    """The T losses of each ray, in one pass."""
     args, kw, targets = _split(batch)
     single = 1 if len(rays) == 1 else None
     outputs = multi(model, rays, *args, chunk=single, norm=norm, shared_mask=shared_mask, **kw)
@@ -297,8 +298,8 @@ def _split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]
     return args, {}, tuple(targets)
 
 
-def as_losses(found: Any, tasks: Sequence[str]) -> Tensor:
-    """Check what a loss function returned and stack it to ``(T,)``.
+def as_losses(found: Any, tasks: Sequence[str]) -> list[Tensor]:
+    """Check what a loss function returned: one scalar per task.
 
     Raises:
         ValueError: not T losses, or not scalars.
@@ -322,25 +323,26 @@ def as_losses(found: Any, tasks: Sequence[str]) -> Tensor:
     shapes = [tuple(x.shape) for x in found]
     if any(shape != () for shape in shapes):
         raise ValueError(f"losses must be scalars, got shapes {shapes}; reduce them over the batch")
-    return torch.stack(found)
+    return found
 
 
 def _by_gradient(
     model: nn.Module,
     balance: GradBalance | FullBalance,
-    vectors: list[Tensor],
+    scalars: list[Tensor],
     lam: Tensor,
     factor: float,
     collected: dict[int, tuple[Tensor, Tensor | None]],
 ) -> tuple[Tensor, Tensor]:
     """Add one ray's combined gradient to ``collected``; return its loss and weights."""
-    (losses,) = vectors
+    losses = torch.stack(scalars).detach()
     own, grad = torch.ones_like(losses), balance
     if isinstance(balance, FullBalance):
         own, grad = balance.loss(losses), balance.grad
+        scalars = [w * x for w, x in zip(own.unbind(), scalars, strict=True)]
         losses = losses * own
     assert isinstance(grad, GradBalance)
-    parameters, rows, weights = grad.gradients(model, losses.unbind())
+    parameters, rows, weights = grad.gradients(model, scalars)
     lam = lam.to(losses)
     share = (lam * weights * factor).unbind()
     for i, parameter in enumerate(parameters):
@@ -351,7 +353,7 @@ def _by_gradient(
                 term = weight.to(gradient) * gradient
                 held = term if held is None else held + term
         collected[id(parameter)] = (parameter, held)
-    value = factor * (lam * weights * losses).sum().detach()
+    value = factor * (lam * weights * losses).sum()
     return value, (lam * weights * own)[None]
 
 

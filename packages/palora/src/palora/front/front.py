@@ -235,7 +235,7 @@ def _scores(found: Any, names: Sequence[str]) -> Tensor:
     if isinstance(found, tuple) and len(found) == 2 and not _is_scalar(found[0]):
         found, extra = found
         metrics = [torch.as_tensor(v).double().cpu() for v in extra]
-    losses = as_losses(found, names).double().cpu()
+    losses = torch.stack(as_losses(found, names)).double().cpu()
     return torch.cat([losses, torch.stack(metrics)]) if metrics else losses
 
 
