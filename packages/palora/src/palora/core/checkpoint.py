@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -229,7 +230,11 @@ def load(model: nn.Module, dir: str | os.PathLike[str]) -> nn.Module:
         inject(
             model,
             config["tasks"],
-            rank={name: layer["rank"] for name, layer in config["layers"].items()} | {".*": 1},
+            rank={
+                f"(?:{re.escape(name)})": layer["rank"]
+                for name, layer in config["layers"].items()
+            }
+            | {".*": 1},
             alpha=config["alpha"],
             scaling=config["scaling"],
             target=lambda name, module: name in config["targets"],

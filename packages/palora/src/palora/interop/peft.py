@@ -216,7 +216,7 @@ def from_peft(
     inject(
         model,
         list(dirs),
-        rank={re.escape(name): r for name, r in ranks.items()},
+        rank={f"(?:{re.escape(name)})": r for name, r in ranks.items()},
         alpha=config["lora_alpha"],
         scaling="rslora" if config.get("use_rslora") else "lora",
         target=lambda name, module: name in pairs,
