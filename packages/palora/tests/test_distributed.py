@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
@@ -40,50 +41,49 @@ def step(model: nn.Module, owner: nn.Module, x: Tensor, y: Tensor) -> None:
         optimizer.step()
 
 
-def ddp_worker(rank: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model, x, y = model_and_data()
+def trained_by_ddp(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    model = model_and_data()[0]
     wrapped = nn.parallel.DistributedDataParallel(model)
-    step(wrapped, wrapped, x[rank::2], y[rank::2])
-    if rank == 0:
-        torch.save(model.state_dict(), out)
-    dist.destroy_process_group()
+    step(wrapped, wrapped, x, y)
+    return model.state_dict()
 
 
-def fsdp_worker(rank: int, store: str, out: str) -> None:
+def trained_by_fsdp(x: Tensor, y: Tensor) -> dict[str, Tensor]:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model, x, y = model_and_data()
+    model = model_and_data()[0]
     mesh = dist.init_device_mesh("cpu", (2,))
     for layer in (model[0], model[2]):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert isinstance(model[0].palora_A, DTensor)
     assert model[0].palora_A.to_local().shape[0] == 1  # a task's adapter on each process
-    step(model, model, x[rank::2], y[rank::2])
-    whole = {k: v.full_tensor() for k, v in model.state_dict().items()}
+    step(model, model, x, y)
+    return {k: v.full_tensor() for k, v in model.state_dict().items()}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    _, x, y = model_and_data()
+    states = {"ddp": trained_by_ddp(x[rank::2], y[rank::2])}
+    if hasattr(torch.distributed.fsdp, "fully_shard"):
+        states["fsdp2"] = trained_by_fsdp(x[rank::2], y[rank::2])
     if rank == 0:
-        torch.save(whole, out)
+        torch.save(states, f"{folder}/states.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("worker", [ddp_worker, fsdp_worker], ids=["ddp", "fsdp2"])
-def test_two_processes_equal_one(worker: object, tmp_path: Path) -> None:
-    if worker is fsdp_worker:
-        pytest.importorskip("torch.distributed.fsdp", reason="needs FSDP2")
-        if not hasattr(torch.distributed.fsdp, "fully_shard"):
-            pytest.skip("this torch has no fully_shard")
-    if os.name == "nt":
-        pytest.skip("file stores of gloo are POSIX here")
-    out = tmp_path / "state.pt"
-    mp.spawn(worker, args=(str(tmp_path / "store"), str(out)), nprocs=2)
+@pytest.mark.skipif(os.name == "nt", reason="gloo's file store is POSIX here")
+def test_two_processes_by_ddp_and_by_fsdp2_equal_one(tmp_path: Path) -> None:
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
     model, x, y = model_and_data()
     start = copy.deepcopy(model.state_dict())
     step(model, model, x, y)
-    for key, value in torch.load(out).items():
-        assert not torch.equal(value, start[key])
-        torch.testing.assert_close(value, model.state_dict()[key], rtol=0, atol=1e-12)
+    states = torch.load(tmp_path / "states.pt")
+    assert "ddp" in states
+    for state in states.values():
+        for key, value in state.items():
+            assert not torch.equal(value, start[key])
+            torch.testing.assert_close(value, model.state_dict()[key], rtol=0, atol=1e-12)

@@ -23,12 +23,11 @@ __all__ = ["PaloraTrainer", "enable_gradient_checkpointing"]
 
 def enable_gradient_checkpointing(model: Any) -> None:
     """Turn on a Hugging Face model's gradient checkpointing so that λ survives recomputation."""
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={
-            "use_reentrant": False,
-            "context_fn": checkpoint_context(model),
-        }
-    )
+    options = {"use_reentrant": False, "context_fn": checkpoint_context(model)}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5 renamed it
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 class PaloraTrainer(Trainer):  # type: ignore[misc]
