@@ -29,7 +29,9 @@ def step(model: nn.Module, x: Tensor, lam: Any = None) -> None:
         total(model(x)).backward()
 
 
-def linear_case(n: int, inputs: int, outputs: int, tasks: int, rank: int, args: Any) -> dict[str, Any]:
+def linear_case(
+    n: int, inputs: int, outputs: int, tasks: int, rank: int, args: Any
+) -> dict[str, Any]:
     plain = nn.Sequential(nn.Linear(inputs, outputs))
     model = palora.inject(copy.deepcopy(plain), tasks, rank=rank)
     with torch.no_grad():

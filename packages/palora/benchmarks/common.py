@@ -139,7 +139,7 @@ def train_step(model: nn.Module, x: Tensor, backward: Callable[[], Tensor] | Non
 
 
 def versions() -> dict[str, Any]:
-    import importlib.metadata as metadata
+    from importlib import metadata
 
     names = ("palora", "torch", "numpy", "peft")
     found = {}

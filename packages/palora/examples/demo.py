@@ -143,9 +143,16 @@ def table(results: dict[str, list[TrainResult]]) -> dict[str, Any]:
                 name,
                 f"{runs[0].parameters:,}",
                 f"{np.mean(last):.3f} ± {np.std(last, ddof=1):.3f}",
-                "–" if single else f"{np.mean([-r.fronts[-1].spearman().mean() for r in runs]):.2f}",
-                "1 point" if single else f"{np.mean([r.fronts[-1].nondominated().sum() for r in runs]):.1f}",
-                *(f"{np.mean([hv(r.fronts[r.epochs.index(e)]) for r in runs]):.2f}" for e in (3, 4)),
+                "–"
+                if single
+                else f"{np.mean([-r.fronts[-1].spearman().mean() for r in runs]):.2f}",
+                "1 point"
+                if single
+                else f"{np.mean([r.fronts[-1].nondominated().sum() for r in runs]):.1f}",
+                *(
+                    f"{np.mean([hv(r.fronts[r.epochs.index(e)]) for r in runs]):.2f}"
+                    for e in (3, 4)
+                ),
                 f"{np.mean([r.at_time(limit, hv) for r in runs]):.2f}",
                 f"{np.median([r.seconds[-1] for r in runs]):.1f}",
             ]
@@ -222,7 +229,12 @@ def draw(results: dict[str, list[TrainResult]], out: Path) -> list[dict[str, str
     ours.plot(axes[0], s=45)
     axes[0].plot(*random.losses.T, "x-", color="tab:red", lw=0.8, label="PaLoRA, Dirichlet rays")
     axes[0].plot(
-        *results[PAMAL][0].fronts[-1].losses.T, "^-", color="tab:orange", ms=4, lw=0.8, label="PaMaL"
+        *results[PAMAL][0].fronts[-1].losses.T,
+        "^-",
+        color="tab:orange",
+        ms=4,
+        lw=0.8,
+        label="PaMaL",
     )
     axes[0].plot(
         *results[LINEAR][0].fronts[-1].losses.T, "k*", ms=12, label="linear scalarisation, λ = ½"

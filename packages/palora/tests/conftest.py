@@ -54,9 +54,7 @@ def naive_weight(layer: nn.Module, lam: Tensor) -> Tensor:
         A, B = layer.palora_A[t].detach().double(), layer.palora_B[t].detach().double()
         if spec.mode == "split":
             r, e = spec.rank, spec.cols
-            delta = torch.cat(
-                [B[i * e : (i + 1) * e] @ A[i * r : (i + 1) * r] for i in range(3)]
-            )
+            delta = torch.cat([B[i * e : (i + 1) * e] @ A[i * r : (i + 1) * r] for i in range(3)])
         else:
             delta = B @ A
         if spec.transposed:

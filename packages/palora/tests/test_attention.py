@@ -25,7 +25,8 @@ def reference(plain: nn.MultiheadAttention, model: Any, lam: torch.Tensor) -> nn
 @pytest.mark.parametrize("qkv", ["fused", "split"])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 5, "vdim": 7}, {"bias": False}]
+    "options",
+    [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 5, "vdim": 7}, {"bias": False}],
 )
 @pytest.mark.parametrize("path", ["auto", "activation", "weight"])
 def test_attention_at_lambda_equals_torch_attention_at_the_mixed_weights(
@@ -119,7 +120,9 @@ def test_encoder_layers_fast_path_does_not_bypass_the_adapters() -> None:
 
 
 def test_attention_dropout_and_autocast() -> None:
-    model = fill(palora.inject(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True), 2, rank=2))
+    model = fill(
+        palora.inject(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True), 2, rank=2)
+    )
     x = torch.randn(40, 40, 8)
     with palora.preference(model, [0.3, 0.7]):
         assert not torch.equal(model(x, x, x)[0], model(x, x, x)[0])
@@ -128,4 +131,6 @@ def test_attention_dropout_and_autocast() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = model(x, x, x, need_weights=False)[0]
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), exact, rtol=0, atol=2e-2 * float(exact.detach().abs().max()))
+    torch.testing.assert_close(
+        out.float(), exact, rtol=0, atol=2e-2 * float(exact.detach().abs().max())
+    )

@@ -14,14 +14,18 @@ LAM = torch.tensor([0.25, 0.75])
 
 
 def test_pamal_runs_at_the_mixed_weights() -> None:
-    members = [nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double() for _ in range(2)]
+    members = [
+        nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double() for _ in range(2)
+    ]
     model = PaMaL(members)
     mixed = copy.deepcopy(members[0])
     with torch.no_grad():
         for p, a, b in zip(*(m.parameters() for m in (mixed, *members)), strict=True):
             p.copy_(0.25 * a + 0.75 * b)
     close(model(LAM, X), mixed(X))
-    assert sum(p.numel() for p in model.parameters()) == 2 * sum(p.numel() for p in mixed.parameters())
+    assert sum(p.numel() for p in model.parameters()) == 2 * sum(
+        p.numel() for p in mixed.parameters()
+    )
     model(LAM, X).sum().backward()
     first, second = (m[0].weight.grad for m in members)
     close(3 * first, second)

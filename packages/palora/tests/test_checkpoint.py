@@ -56,7 +56,9 @@ def test_adapters_alone_round_trip() -> None:
         palora.load_adapter_state_dict(other, state)
     palora.load_adapter_state_dict(other, state, strict=False)
     with pytest.raises(ValueError, match=r"unknown \['x'\]"):
-        palora.load_adapter_state_dict(other, {**palora.adapter_state_dict(model), "x": torch.ones(1)})
+        palora.load_adapter_state_dict(
+            other, {**palora.adapter_state_dict(model), "x": torch.ones(1)}
+        )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,9 @@ def test_adapters_of_other_tasks_rank_or_mode_are_refused_naming_both(other: obj
 
 
 @pytest.mark.parametrize("train_base", [True, False])
-def test_folders_round_trip_into_plain_and_injected_models(tmp_path: Path, train_base: bool) -> None:
+def test_folders_round_trip_into_plain_and_injected_models(
+    tmp_path: Path, train_base: bool
+) -> None:
     model = lenet(
         rank={"fc": 3, ".*": 2}, alpha=2.0, scaling="rslora", train_base=train_base,
         layer_temperature=2.0, dropout=0.1,
@@ -86,12 +90,13 @@ def test_folders_round_trip_into_plain_and_injected_models(tmp_path: Path, train
     assert config["conv"] == "folded"
     assert config["train_base"] is train_base
     assert "encoder.fc" in config["targets"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["palora.safetensors", "palora_config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "palora.safetensors",
+        "palora_config.json",
+    ]
     plain = LeNet()
     if not train_base:
-        plain.load_state_dict(
-            {k: v for k, v in model.state_dict().items() if "palora" not in k}
-        )
+        plain.load_state_dict({k: v for k, v in model.state_dict().items() if "palora" not in k})
     loaded = palora.load(plain, tmp_path)
     assert loaded is plain
     for a, b in zip(outputs(loaded), outputs(model), strict=True):
@@ -141,7 +146,9 @@ def test_an_interrupted_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_missing_safetensors_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_safetensors_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"palora\[safetensors\]"):
         palora.save(lenet(), tmp_path)

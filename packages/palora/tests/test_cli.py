@@ -19,7 +19,7 @@ from palora.examples.digits import task as real_task
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The digits problem with few composites, so that commands take a second."""
-    import palora.examples.digits as digits
+    from palora.examples import digits
 
     monkeypatch.setattr(digits, "task", lambda seed=0: real_task(512, 256, seed))
 
@@ -82,7 +82,10 @@ def test_bad_usage_exits_with_status_2(capsys: pytest.CaptureFixture[str]) -> No
     ],
 )
 def test_hypervolume_reads_csv_and_json(
-    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    content: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "points"
     path.write_text(content)
@@ -185,7 +188,9 @@ def test_recipes_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for i in range(600):
         rich = ">50K" if i % 3 == 0 else "<=50K"
         single = "Never-married" if i % 2 else "Divorced"
-        lines.append(f"{20 + i % 40 + (10 if i % 3 == 0 else 0)},{'ab'[i % 2]}, {single},Husband,{rich}")
+        lines.append(
+            f"{20 + i % 40 + (10 if i % 3 == 0 else 0)},{'ab'[i % 2]}, {single},Husband,{rich}"
+        )
     (folder / "adult.csv").write_text("\n".join(lines))
     argv = ["recipe", "adult", "--data-dir", str(tmp_path), "--epochs", "1", "--json"]
     assert main(argv) == 0
@@ -195,7 +200,9 @@ def test_recipes_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_module_runs_as_a_script_and_help_is_quick_to_import() -> None:
-    code = "import sys, palora.cli; sys.exit(any(m in sys.modules for m in ('sklearn','matplotlib')))"
+    code = (
+        "import sys, palora.cli; sys.exit(any(m in sys.modules for m in ('sklearn','matplotlib')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     done = subprocess.run(
         [sys.executable, "-m", "palora.cli", "--help"], capture_output=True, text=True, check=True

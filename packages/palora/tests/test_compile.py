@@ -67,7 +67,10 @@ def test_attention_and_embedding_compile_whole() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.attention = nn.Embedding(9, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.embed, self.attention = (
+                nn.Embedding(9, 8),
+                nn.MultiheadAttention(8, 2, batch_first=True),
+            )
 
         def forward(self, x: torch.Tensor) -> Any:
             h = self.embed(x)

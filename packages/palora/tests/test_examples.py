@@ -66,16 +66,23 @@ def test_claims_on_five_fresh_seeds() -> None:
     rho, early, gains = [], [], []
     for seed in range(30, 35):
         problem = digits.task(seed=seed)
-        for schedule in kept:
+        for schedule, counts in kept.items():
             result = train(problem, TrainConfig(seed=seed, schedule=schedule))
             front = result.fronts[-1]
-            kept[schedule].append(float(front.nondominated().sum()))
+            counts.append(float(front.nondominated().sum()))
             if schedule == "anneal":
                 rho.append(float(-front.spearman().mean()))
                 metrics: Any = front.metrics
-                gains.append([metrics[10 * (1 - t) if front.prefs[0, t] < 0.5 else 0, t] - metrics[5, t] for t in range(2)])
+                gains.append(
+                    [
+                        metrics[10 * (1 - t) if front.prefs[0, t] < 0.5 else 0, t] - metrics[5, t]
+                        for t in range(2)
+                    ]
+                )
                 ours = result.fronts[2].hypervolume((2, 2))
-        pamal = train(problem, TrainConfig(seed=seed, schedule="dirichlet", method="pamal", epochs=10))
+        pamal = train(
+            problem, TrainConfig(seed=seed, schedule="dirichlet", method="pamal", epochs=10)
+        )
         early.append(ours - pamal.fronts[2].hypervolume((2, 2)))
     assert np.median(kept["anneal"]) >= 10.5
     assert np.median(kept["dirichlet"]) < np.median(kept["anneal"])
@@ -84,7 +91,9 @@ def test_claims_on_five_fresh_seeds() -> None:
     assert np.median(gains, axis=0).min() >= 0.01
 
 
-@pytest.mark.parametrize("centres", [[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0, 2], [0, 1, -1], [0, 0, 1.0]]])
+@pytest.mark.parametrize(
+    "centres", [[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0, 2], [0, 1, -1], [0, 0, 1.0]]]
+)
 def test_convex_quadratics_reach_the_analytic_pareto_set(centres: Any) -> None:
     points = torch.tensor(centres)
     assert quadratic.pareto_gap(quadratic.train_quadratic(points, 600), points) < 1e-2
@@ -101,7 +110,9 @@ def descend(kind: Any, lam: torch.Tensor) -> torch.Tensor:
     return torch.stack(quadratic.vlmop2(w)).detach()
 
 
-def test_linear_scalarisation_misses_the_middle_of_a_concave_front_and_tchebycheff_does_not() -> None:
+def test_linear_scalarisation_misses_the_middle_of_a_concave_front_and_tchebycheff_does_not() -> (
+    None
+):
     lam = torch.tensor([0.52, 0.48])
     end = descend("linear", lam)
     assert end.min() < 0.05  # at one end, although both weigh about the same
@@ -144,7 +155,9 @@ def write_mnist(folder: Path, monkeypatch: pytest.MonkeyPatch, count: int = 60) 
             f"{part}-labels-idx1-ubyte.gz": rng.integers(0, 10, count, dtype=np.uint8),
         }
         for name, array in arrays.items():
-            head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            head = bytes([0, 0, 8, array.ndim]) + b"".join(
+                n.to_bytes(4, "big") for n in array.shape
+            )
             (folder / name).write_bytes(gzip.compress(head + array.tobytes()))
             sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     monkeypatch.setattr(data, "MNIST_MD5", sums)
@@ -184,7 +197,10 @@ def _with_folder(folder: Path) -> Path:
         (inner / path.name).write_bytes(path.read_bytes())
     rng = np.random.default_rng(1)
     # the example needs more than 8,000 images: blanks with labels do
-    big = {"images-idx3": np.zeros((8004, 28, 28), np.uint8), "labels-idx1": rng.integers(0, 10, 8004, dtype=np.uint8)}
+    big = {
+        "images-idx3": np.zeros((8004, 28, 28), np.uint8),
+        "labels-idx1": rng.integers(0, 10, 8004, dtype=np.uint8),
+    }
     for kind, array in big.items():
         name = f"t10k-{kind}-ubyte.gz"
         head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
@@ -209,7 +225,10 @@ def test_sarcos_census_and_faces_from_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="SHA-256"):
         data.sarcos(tmp_path)
 
-    rows = [f"{20 + i}, a{i % 3}, {i}, x, {'Bachelors degree' if i % 2 else 'Children'}, y" for i in range(40)]
+    rows = [
+        f"{20 + i}, a{i % 3}, {i}, x, {'Bachelors degree' if i % 2 else 'Children'}, y"
+        for i in range(40)
+    ]
     for name in ("census-income.data.gz", "census-income.test.gz"):
         (tmp_path / name).write_bytes(gzip.compress("\n".join([*rows, ""]).encode()))
     problem = recipes.RECIPES["census"].task(tmp_path)
@@ -221,7 +240,9 @@ def test_sarcos_census_and_faces_from_files(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "UTKFace").mkdir()
     for i in range(10):
-        image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "UTKFace" / f"{20 + i}_{i % 2}_{i % 5}_x.jpg")
+        image.new("RGB", (8, 8), (i, 0, 0)).save(
+            tmp_path / "UTKFace" / f"{20 + i}_{i % 2}_{i % 5}_x.jpg"
+        )
     pytest.importorskip("torchvision")
     problem = recipes.RECIPES["utkface"].task(tmp_path)
     assert problem.train[0].shape == (7, 3, 64, 64)

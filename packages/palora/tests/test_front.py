@@ -40,7 +40,9 @@ def inclusion_exclusion(points: np.ndarray, ref: np.ndarray) -> float:
 
 
 def test_worked_hypervolumes() -> None:
-    assert hypervolume([[0.2, 0.8], [0.5, 0.5], [0.8, 0.2]], [1, 1]) == pytest.approx(0.37, abs=1e-15)
+    assert hypervolume([[0.2, 0.8], [0.5, 0.5], [0.8, 0.2]], [1, 1]) == pytest.approx(
+        0.37, abs=1e-15
+    )
     for tasks in range(1, 7):
         point = np.linspace(0.1, 0.9, tasks)
         expected = math.prod(1.0 - point)

@@ -116,9 +116,9 @@ def test_vmap_and_functional_gradients_over_preferences() -> None:
     ys = torch.func.vmap(lambda lam: PF.mixed_linear(x, weight, None, A, B, lam, 0.5))(lams)
     for y, lam in zip(ys, lams, strict=True):
         close(y, x @ PF.mixed_weight(weight, A, B, lam, 0.5).t())
-    jac = torch.func.jacrev(
-        lambda lam: PF.mixed_linear(x, weight, None, A, B, lam, 0.5).sum()
-    )(lams[0])
+    jac = torch.func.jacrev(lambda lam: PF.mixed_linear(x, weight, None, A, B, lam, 0.5).sum())(
+        lams[0]
+    )
     close(jac, torch.stack([0.5 * (x @ (B[t] @ A[t]).t()).sum() for t in range(3)]))
 
 

@@ -20,8 +20,8 @@ def small() -> nn.Module:
 
 def test_modules_parameters_names_hooks_and_optimisers_stay() -> None:
     net = LeNet()
-    before = {name: p for name, p in net.named_parameters()}
-    modules = {name: m for name, m in net.named_modules()}
+    before = dict(net.named_parameters())
+    modules = dict(net.named_modules())
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     calls: list[str] = []
     net.encoder[0].register_forward_hook(lambda *a: calls.append("hook"))

@@ -38,7 +38,11 @@ LAYERS: list[tuple[str, Any, Any]] = [
         lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2, padding_mode="reflect"),
         (4, 4, 9, 9),
     ),
-    ("conv-circular", lambda: nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="circular"), (4, 2, 5, 6)),
+    (
+        "conv-circular",
+        lambda: nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="circular"),
+        (4, 2, 5, 6),
+    ),
     ("conv-replicate", lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="replicate"), (4, 2, 6)),
     ("conv-valid", lambda: nn.Conv2d(2, 3, 3, padding="valid"), (4, 2, 5, 6)),
     ("conv-same", lambda: nn.Conv2d(2, 3, 3, padding="same"), (4, 2, 5, 6)),
@@ -144,7 +148,9 @@ def test_folded_kernel_follows_the_row_major_index_formula() -> None:
 
 
 def test_spatial_kernel_is_the_einsum_of_two_convolutions() -> None:
-    model = fill(palora.inject(nn.Conv2d(3, 4, 3).double(), 2, rank=2, conv="spatial", target=whole))
+    model = fill(
+        palora.inject(nn.Conv2d(3, 4, 3).double(), 2, rank=2, conv="spatial", target=whole)
+    )
     A = model.palora_A[1].view(2, 3, 3, 3)
     expected = torch.einsum("or,rikl->oikl", model.palora_B[1], A) / 2
     close(palora.merge(model, [0.0, 1.0]).weight - model.weight, expected)
@@ -282,7 +288,9 @@ def test_a_layers_own_temperature_sharpens_its_preference() -> None:
     with palora.preference(model, lam):
         torch.testing.assert_close(model(x), reference(x), rtol=0, atol=1e-6)
     torch.testing.assert_close(palora.merge(model, lam)(x), reference(x), rtol=0, atol=1e-6)
-    by_name = palora.inject(nn.Sequential(nn.Linear(2, 2)), 2, rank=1, layer_temperature=lambda n: 2.0)
+    by_name = palora.inject(
+        nn.Sequential(nn.Linear(2, 2)), 2, rank=1, layer_temperature=lambda n: 2.0
+    )
     assert by_name[0]._palora_spec.exponent == 2.0
 
 
@@ -309,7 +317,9 @@ def test_half_precision_weights_get_float32_adapters_by_the_activation_path(
 @pytest.mark.parametrize("rows", [4, 64])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_bf16_autocast_stays_close_to_float32(rows: int, per_sample: bool) -> None:
-    net = nn.Sequential(nn.Linear(16, 16), nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 6, 2), nn.Flatten())
+    net = nn.Sequential(
+        nn.Linear(16, 16), nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 6, 2), nn.Flatten()
+    )
     model = fill(palora.inject(net, 2, rank=2))
     x = torch.randn(rows, 16)
     lam = torch.tensor([0.3, 0.7]).expand(rows, 2) if per_sample else [0.3, 0.7]
@@ -380,7 +390,9 @@ def test_convolutions_of_any_shape_match_merging(
 
 
 def test_unknown_first_dimension_is_refused_naming_layer_and_shapes() -> None:
-    model = palora.inject(nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 1, 1)), 2, rank=1)
+    model = palora.inject(
+        nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 1, 1)), 2, rank=1
+    )
     with palora.preference(model, torch.full((3, 2), 0.5)):
         with pytest.raises(ValueError, match=r"layer '0'.*dimension is 6.*has 3 rows"):
             model(torch.zeros(6, 4))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -180,7 +181,7 @@ def by_hand(table: Tensor, rays: Tensor, sign: str) -> float:
         order = sorted(range(count), key=lambda m: -float(rays[m, k]))
         row = [float(table[m, k]) for m in order]
         inner = 0.0
-        for a, b in zip(row, row[1:], strict=False):
+        for a, b in itertools.pairwise(row):
             inner += math.exp(max(0.0, a - b if sign == "monotone" else b - a))
         total += math.log(inner / ((count - 1) if sign == "monotone" else (tasks - 1)))
     return total

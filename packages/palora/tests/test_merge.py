@@ -96,5 +96,8 @@ def test_other_layouts_merge_exactly(kind: str) -> None:
         close(weight, naive_weight(model, lam))
         with palora.preference(model, lam.expand(3, 3)):
             again = model(*x)
-        close(again[0] if isinstance(again, tuple) else again, out[0] if isinstance(out, tuple) else out)
+        close(
+            again[0] if isinstance(again, tuple) else again,
+            out[0] if isinstance(out, tuple) else out,
+        )
         palora.unload(model)

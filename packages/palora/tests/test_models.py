@@ -94,14 +94,22 @@ def test_torchvision_resnet() -> None:
     assert len(palora.report(model).adapted) == 21
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"]
+)
 def test_timm_networks(name: str) -> None:
     timm = pytest.importorskip("timm")
     options: dict[str, Any] = {"num_classes": 3}
     if name.startswith("vit"):
         options |= {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}
     elif name.startswith("swin"):
-        options |= {"img_size": 64, "depths": (2, 2), "embed_dim": 16, "num_heads": (2, 2), "window_size": 4}
+        options |= {
+            "img_size": 64,
+            "depths": (2, 2),
+            "embed_dim": 16,
+            "num_heads": (2, 2),
+            "window_size": 4,
+        }
     else:
         options |= {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
     side = options.get("img_size", 64)
@@ -131,19 +139,21 @@ def test_hugging_face_models(kind: str) -> None:
             intermediate_size=24, max_position_embeddings=8,
         )  # fmt: skip
         net, kw = transformers.BertModel(config), {"exclude": "pooler.dense"}
-        pick = lambda out: out.last_hidden_state  # noqa: E731
+        pick = lambda out: out.last_hidden_state
     elif kind == "gpt2":
-        config = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=8)
+        config = transformers.GPT2Config(
+            vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=8
+        )
         config.use_cache = False
         net, kw = transformers.GPT2Model(config), {}
-        pick = lambda out: out.last_hidden_state  # noqa: E731
+        pick = lambda out: out.last_hidden_state
     else:
         config = transformers.LlamaConfig(
             vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
             num_attention_heads=2, num_key_value_heads=2, use_cache=False,
         )  # fmt: skip
         net, kw = transformers.LlamaForCausalLM(config), {}
-        pick = lambda out: out.logits  # noqa: E731
+        pick = lambda out: out.logits
     model = check(net, (ids,), pick, 1e-7, **kw)
     kinds = {row[1] for row in palora.report(model).adapted}
     assert kinds == ({"conv1d-hf"} if kind == "gpt2" else {"linear"})

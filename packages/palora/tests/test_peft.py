@@ -75,7 +75,9 @@ def test_a_vertex_is_the_lora_of_that_task(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("temperature", [None, 2.0])
-def test_one_preference_exports_as_one_exact_lora(tmp_path: Path, temperature: float | None) -> None:
+def test_one_preference_exports_as_one_exact_lora(
+    tmp_path: Path, temperature: float | None
+) -> None:
     plain, model = mixed(
         rank={"head.fc": 3, ".*": 2}, alpha=3.0, layer_temperature=temperature, train_base=False
     )

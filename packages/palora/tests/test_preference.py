@@ -26,7 +26,9 @@ def test_accepted_forms() -> None:
         assert value.tolist() == [0.75, 0.25]
     assert as_preference({"seg": 1.0}, TASKS, partial=True).tolist() == [1.0, 0.0]
     assert as_preference([3.0, 1.0], TASKS, normalize=True).tolist() == [0.75, 0.25]
-    rows = as_preference({"seg": torch.tensor([0.0, 1.0]), "depth": torch.tensor([1.0, 0.0])}, TASKS)
+    rows = as_preference(
+        {"seg": torch.tensor([0.0, 1.0]), "depth": torch.tensor([1.0, 0.0])}, TASKS
+    )
     assert rows.tolist() == [[0.0, 1.0], [1.0, 0.0]]
     assert as_preference([0.50005, 0.5], TASKS).shape == (2,)  # within 1e-4
 
@@ -80,7 +82,10 @@ def test_a_preference_is_needed_unless_a_default_is_given() -> None:
     assert palora.get_preference(even).tolist() == [0.5, 0.5]
     own = palora.inject(nn.Linear(2, 2), TASKS, rank=1, default={"seg": 0.25, "depth": 0.75})
     assert palora.get_preference(own).tolist() == [0.25, 0.75]
-    with pytest.raises(RuntimeError, match="not injected"), palora.preference(nn.Linear(1, 1), [1, 0]):
+    with (
+        pytest.raises(RuntimeError, match="not injected"),
+        palora.preference(nn.Linear(1, 1), [1, 0]),
+    ):
         pass
 
 
@@ -120,7 +125,9 @@ def test_the_callers_tensor_may_change_afterwards() -> None:
 
 
 def test_threads_with_different_preferences_never_mix() -> None:
-    model = fill(palora.inject(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), 2, rank=2))
+    model = fill(
+        palora.inject(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), 2, rank=2)
+    )
     model.eval()
     x = torch.randn(32, 8)
     lams = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
@@ -170,7 +177,9 @@ def test_asyncio_tasks_with_different_preferences_never_mix() -> None:
 
 
 def test_checkpointed_blocks_recompute_at_the_preference_of_their_forward_pass() -> None:
-    model = fill(palora.inject(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), 2, rank=2))
+    model = fill(
+        palora.inject(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), 2, rank=2)
+    )
     x = torch.randn(3, 4, requires_grad=True)
     lams = [[0.9, 0.1], [0.2, 0.8]]
 
@@ -202,7 +211,13 @@ def test_checkpointed_blocks_recompute_at_the_preference_of_their_forward_pass()
 
 
 def test_all_adapters_get_gradients_at_a_vertex() -> None:
-    model = fill(palora.inject(nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 2)), 3, rank=1))
+    model = fill(
+        palora.inject(
+            nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 2)),
+            3,
+            rank=1,
+        )
+    )
     for lam in ([1.0, 0.0, 0.0], [[1.0, 0.0, 0.0]] * 2):
         model.zero_grad()
         with palora.preference(model, lam):

@@ -59,7 +59,11 @@ def test_other_batch_norms_keep_rays_apart_by_their_own_forward() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).relu()
 
-    for norm in (Activated(4), nn.InstanceNorm2d(4, track_running_stats=True), nn.InstanceNorm2d(4)):
+    for norm in (
+        Activated(4),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.InstanceNorm2d(4),
+    ):
         model = fill(palora.inject(nn.Sequential(nn.Conv2d(1, 4, 3), norm).double(), 3, rank=1))
         twin = copy.deepcopy(model)
         x = torch.randn(3, 1, 6, 6, dtype=D)
@@ -69,7 +73,9 @@ def test_other_batch_norms_keep_rays_apart_by_their_own_forward() -> None:
 
 
 def test_joint_normalisation_takes_all_rays_as_one_batch() -> None:
-    model = fill(palora.inject(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).double(), 3, rank=1))
+    model = fill(
+        palora.inject(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).double(), 3, rank=1)
+    )
     x = torch.randn(6, 4, dtype=D)
     out = palora.multi(model, RAYS, x, norm="joint")
     hidden = loop(nn.Sequential(model[0]), RAYS, x).flatten(0, 1)
@@ -100,7 +106,9 @@ class Structured(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4)
 
-    def forward(self, x: Tensor, table: Tensor, *, mask: Tensor, flag: bool = True) -> dict[str, Any]:
+    def forward(
+        self, x: Tensor, table: Tensor, *, mask: Tensor, flag: bool = True
+    ) -> dict[str, Any]:
         assert table.shape[0] == 2
         y = self.layer(x) * mask + table[:1].sum()
         return {"y": y, "pair": (y.sum(1), "text"), "flag": flag}
@@ -126,7 +134,9 @@ def test_batch_arguments_may_be_named_where_sizes_mislead() -> None:
     x, table = torch.randn(2, 4, dtype=D), torch.randn(2, 4, dtype=D)  # both have two rows
     mask = torch.rand(2, 1, dtype=D)
     out = palora.multi(model, RAYS, x, table, mask=mask, batch_args=[0, "mask"])
-    close(out["y"], torch.stack([o["y"] for o in [run(model, lam, x, table, mask) for lam in RAYS]]))
+    close(
+        out["y"], torch.stack([o["y"] for o in [run(model, lam, x, table, mask) for lam in RAYS]])
+    )
 
 
 def run(model: nn.Module, lam: Tensor, x: Tensor, table: Tensor, mask: Tensor) -> Any:
@@ -144,7 +154,7 @@ def test_a_loss_inside_the_model_needs_the_loop() -> None:
             return self.layer(x).square().mean()
 
     model = fill(palora.inject(Inside(), 3, rank=1))
-    with pytest.raises(ValueError, match="a loss computed inside the model.*chunk=1"):
+    with pytest.raises(ValueError, match=r"a loss computed inside the model.*chunk=1"):
         palora.multi(model, RAYS, torch.ones(2, 4))
     assert palora.multi(model, RAYS, torch.ones(2, 4), chunk=1).shape == (3,)
 

@@ -55,9 +55,7 @@ def _model(name: str) -> Any:
         return MODELS[name]()
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise _Usage(
-            f"unknown model {name!r}: one of {', '.join(MODELS)}, or module:callable"
-        )
+        raise _Usage(f"unknown model {name!r}: one of {', '.join(MODELS)}, or module:callable")
     try:
         return getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError) as error:
@@ -76,8 +74,10 @@ def _overhead(args: argparse.Namespace) -> int:
     lines = [
         f"plain model      {found.base:>14,}",
         f"adapters         {found.adapters:>14,}   +{100 * found.ratio:.3f} %",
-        f"{args.tasks} weight copies  {args.tasks * found.base:>14,}   "
-        f"+{100 * (args.tasks - 1):.0f} %: {found.vs_pamal:.2f} times more is added",
+        (
+            f"{args.tasks} weight copies  {args.tasks * found.base:>14,}   "
+            f"+{100 * (args.tasks - 1):.0f} %: {found.vs_pamal:.2f} times more is added"
+        ),
     ]
     _answer(args, data, lines)
     return 0
@@ -125,10 +125,14 @@ def _export(args: argparse.Namespace) -> int:
     from palora.core.checkpoint import read_config
 
     config = read_config(args.checkpoint)
+    from palora.interop.peft import to_peft
+
     model = palora.load(_model(args.model or config.get("model", "")), args.checkpoint)
-    palora.to_peft(model, args.out, args.preference)
+    to_peft(model, args.out, args.preference)
     what = "one LoRA" if args.preference else f"{len(config['tasks'])} LoRAs"
-    _answer(args, {"out": str(args.out), "preference": args.preference}, [f"wrote {what} to {args.out}"])
+    _answer(
+        args, {"out": str(args.out), "preference": args.preference}, [f"wrote {what} to {args.out}"]
+    )
     return 0
 
 

@@ -36,9 +36,7 @@ MNIST_MD5 = {
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
 SARCOS_URL = "http://www.gaussianprocess.org/gpml/data/"
-CENSUS_URL = (
-    "https://archive.ics.uci.edu/ml/machine-learning-databases/census-income-mld/"
-)
+CENSUS_URL = "https://archive.ics.uci.edu/ml/machine-learning-databases/census-income-mld/"
 LOCK = "palora.lock.json"
 
 
@@ -123,8 +121,7 @@ def _resize(canvas: Tensor) -> Tensor:
     except ImportError as error:
         raise ImportError('MultiMNIST needs Pillow: pip install "palora[data]"') from error
     small = [
-        np.asarray(Image.fromarray(picture).resize((28, 28)))
-        for picture in canvas.byte().numpy()
+        np.asarray(Image.fromarray(picture).resize((28, 28))) for picture in canvas.byte().numpy()
     ]
     return torch.from_numpy(np.stack(small)).float().unsqueeze(1) / 255
 
@@ -226,7 +223,10 @@ def adult(data_dir: str | Path) -> tuple[Tensor, Tensor, Tensor]:
     with files[0].open(newline="", encoding="utf-8") as file:
         header, *rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
     low = [h.strip().lower().replace("_", "-") for h in header]
-    income, marital = _column(low, "income", "income-per-year", "class", "salary"), _column(low, "marital-status", "marital.status")
+    income, marital = (
+        _column(low, "income", "income-per-year", "class", "salary"),
+        _column(low, "marital-status", "marital.status"),
+    )
     hidden = [income, marital, _column(low, "relationship")]
     features, _ = _table(rows, hidden)
     rich = torch.tensor([int(">50" in row[income]) for row in rows])

@@ -41,7 +41,7 @@ class PHN(nn.Module):
 
     def forward(self, lam: Tensor, *inputs: Any) -> Any:
         """Generate the weights for λ and run the target with them."""
-        first = self.trunk[0].weight
+        first = next(self.trunk.parameters())
         features = self.trunk(lam.to(first))
         weights = {
             name: head(features).view(shape)

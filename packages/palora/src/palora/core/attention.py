@@ -7,6 +7,8 @@ out, with both projections at W(λ).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,9 +43,9 @@ class AdaptedAttention(Switched):
     _palora: PreferenceState
     _palora_spec: LayerSpec
 
-    _mixture = AdaptedLayer._mixture
-    _repeat = AdaptedLayer._repeat
-    _row_message = AdaptedLayer._row_message
+    _mixture: Any = AdaptedLayer._mixture
+    _repeat: Any = AdaptedLayer._repeat
+    _row_message: Any = AdaptedLayer._row_message
 
     def forward(
         self,

@@ -132,7 +132,7 @@ def _one_by_one(losses: Sequence[Tensor], parameters: list[Tensor]) -> list[list
         if not loss.requires_grad:
             rows.append([None] * len(parameters))
             continue
-        row = torch.autograd.grad(loss, parameters, retain_graph=t < last, allow_unused=True)
+        row: Any = torch.autograd.grad(loss, parameters, retain_graph=t < last, allow_unused=True)
         rows.append([None if g is None or (joined and not bool(g.any())) else g for g in row])
     return rows
 
@@ -140,7 +140,7 @@ def _one_by_one(losses: Sequence[Tensor], parameters: list[Tensor]) -> list[list
 def _batched(losses: Sequence[Tensor], parameters: list[Tensor]) -> list[list[Tensor | None]]:
     stacked = torch.stack(list(losses))
     eye = torch.eye(len(losses), dtype=stacked.dtype, device=stacked.device)
-    found = torch.autograd.grad(
+    found: Any = torch.autograd.grad(
         stacked, parameters, grad_outputs=eye, is_grads_batched=True, allow_unused=True
     )
     # a loss that does not reach a parameter has a zero row here, not None
@@ -176,15 +176,13 @@ class Precomputed(torch.autograd.Function):
     """A scalar whose gradients are known already: its backward pass only hands them out."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, value: Tensor, grads: list[Tensor | None], *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, value: Tensor, grads: list[Tensor | None], *parameters: Tensor) -> Tensor:
         """Return ``value``."""
         ctx.grads = grads
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         """Return the stored gradients times ``g``."""
         scaled = [None if x is None else x * g.to(x.dtype) for x in ctx.grads]
         return (None, None, *scaled)

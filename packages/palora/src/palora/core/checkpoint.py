@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from palora.core.inject import adapted_layers, inject
@@ -231,8 +230,7 @@ def load(model: nn.Module, dir: str | os.PathLike[str]) -> nn.Module:
             model,
             config["tasks"],
             rank={
-                f"(?:{re.escape(name)})": layer["rank"]
-                for name, layer in config["layers"].items()
+                f"(?:{re.escape(name)})": layer["rank"] for name, layer in config["layers"].items()
             }
             | {".*": 1},
             alpha=config["alpha"],

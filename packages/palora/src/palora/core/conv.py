@@ -109,7 +109,7 @@ class AdaptedConv(AdaptedLayer):
         return out
 
     def _by_weight(self, x: Tensor, lam: Tensor, active: Active) -> Tensor:
-        spec, dtype = self._palora_spec, self._computes_in(x)
+        _spec, dtype = self._palora_spec, self._computes_in(x)
         if dtype != self.weight.dtype:
             x = x.to(dtype)
         if lam.dim() == 1:

@@ -150,7 +150,7 @@ class _MixedLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -178,7 +178,7 @@ class _MixedLinear(torch.autograd.Function):
         ctx.options = (scale, transposed, dtype, None if bias is None else bias.dtype)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, weight, up, down = ctx.saved_tensors
         scale, transposed, dtype, bias_dtype = ctx.options
         need_x, need_w, need_b, need_up, need_down = ctx.needs_input_grad[:5]
@@ -258,7 +258,7 @@ def mixed_linear(
         dtype: what W(λ) is cast to before the product; default ``weight.dtype``.
     """
     up, down = stack_up(B, preference), stack_down(A)
-    out: Tensor = _MixedLinear.apply(
+    out: Tensor = _MixedLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, up, down, scale, transposed, dtype or weight.dtype
     )
     return out
@@ -305,7 +305,7 @@ class _MixedConv(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -339,7 +339,7 @@ class _MixedConv(torch.autograd.Function):
         ctx.options = (*rest, None if bias is None else bias.dtype)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, weight, up, down = ctx.saved_tensors
         scale, conv, sizes, mode, dtype, bias_dtype = ctx.options
         need_x, need_w, need_b, need_up, need_down = ctx.needs_input_grad[:5]
@@ -369,9 +369,9 @@ class _MixedConv(torch.autograd.Function):
                 gk = gk.view(w.shape) if need_k else None
             if need_b:
                 gb = g.sum([d for d in range(g.dim()) if d != 1]).to(bias_dtype)
-            if need_w:
+            if need_w and gk is not None:
                 gw = (gk if up.dim() == 2 else gk.sum(0)).to(weight.dtype)
-            if need_up or need_down:
+            if gk is not None and (need_up or need_down):
                 full = gk.to(up.dtype).reshape(*up.shape[:-1], down.shape[-1])
                 gup = scale * (full @ down.t())
                 gdown = scale * (_reduce(up).t() @ _reduce(full))
@@ -415,7 +415,7 @@ def mixed_conv(
     """
     up, down = stack_up(B, preference), stack_down(A)
     conv = (list(stride), list(padding), list(dilation), groups)
-    out: Tensor = _MixedConv.apply(
+    out: Tensor = _MixedConv.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, up, down, scale, conv, sizes, mode, dtype or weight.dtype
     )
     return out

@@ -74,12 +74,12 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """The modules that carry A and B, each once, by the name they were injected under."""
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, Switched) and module._parameters.get("palora_A") is not None:
+        if isinstance(module, Switched) and getattr(module, "palora_A", None) is not None:
             found.append((name, module))
     return found
 
 
-def _task_names(tasks: int | Sequence[str]) -> list[str]:
+def _task_names(tasks: Any) -> list[str]:
     if isinstance(tasks, bool) or not isinstance(tasks, int | Sequence) or isinstance(tasks, str):
         raise ValueError(f"tasks must be a number or a sequence of names, got {tasks!r}")
     names = [f"task{i}" for i in range(tasks)] if isinstance(tasks, int) else list(tasks)
@@ -326,9 +326,7 @@ def _add_adapters(layer: Any, owner: Tensor, tasks: int, dtype: torch.dtype | No
     layer.register_parameter("palora_B", nn.Parameter(torch.empty(tasks, spec.rows, inner, **make)))
 
 
-def _exponents(
-    names: list[str], temperature: float | Callable[[str], float] | None
-) -> list[float]:
+def _exponents(names: list[str], temperature: float | Callable[[str], float] | None) -> list[float]:
     """The exponent c of λ for each layer, from the first to the last."""
     if temperature is None:
         return [1.0] * len(names)

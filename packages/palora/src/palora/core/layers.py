@@ -88,13 +88,13 @@ def adapted_class(mixin: type, original: type) -> type:
     return _CLASSES[key]
 
 
-def original_class(module: nn.Module) -> type:
+def original_class(module: nn.Module) -> Any:
     """The class that ``module`` had before it was switched."""
     return type(module)._palora_original if isinstance(module, Switched) else type(module)
 
 
 def _rebuild(mixin: type, original: type) -> Any:
-    cls = adapted_class(mixin, original)
+    cls: Any = adapted_class(mixin, original)
     return cls.__new__(cls)
 
 
@@ -127,11 +127,7 @@ class AdaptedLayer(Switched):
     def _computes_in(self, x: Tensor) -> torch.dtype:
         """The dtype autocast would run this layer in, else the weight's."""
         device = x.device.type
-        if (
-            device != "meta"
-            and x.dtype != torch.float64
-            and torch.is_autocast_enabled(device)
-        ):
+        if device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return self.weight.dtype
 

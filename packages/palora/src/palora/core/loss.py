@@ -66,9 +66,7 @@ def scalarize(
     if kind == "tchebycheff":
         return weighed.amax(-1)
     if kind != "smooth-tchebycheff":
-        raise ValueError(
-            f"kind must be linear, tchebycheff or smooth-tchebycheff; got {kind!r}"
-        )
+        raise ValueError(f"kind must be linear, tchebycheff or smooth-tchebycheff; got {kind!r}")
     if smoothing <= 0:
         raise ValueError(f"smoothing must be positive, got {smoothing}")
     return smoothing * torch.logsumexp(weighed / smoothing, -1)
@@ -231,12 +229,15 @@ def step_loss(
         else:
             scale = [balance(v) if isinstance(balance, LossBalance) else None for v in vectors]
             kept = [v if w is None else v * w for v, w in zip(vectors, scale, strict=True)]
-            piece = factor * torch.stack(
-                [
-                    scalarize(v, lam, scalarization, reference=reference, smoothing=smoothing)
-                    for v, lam in zip(kept, part, strict=True)
-                ]
-            ).sum()
+            piece = (
+                factor
+                * torch.stack(
+                    [
+                        scalarize(v, lam, scalarization, reference=reference, smoothing=smoothing)
+                        for v, lam in zip(kept, part, strict=True)
+                    ]
+                ).sum()
+            )
             weights = torch.stack(
                 [
                     lam.to(v) if w is None else lam.to(v) * w
@@ -288,9 +289,7 @@ def _split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]
     if isinstance(batch, Mapping):
         return (), dict(batch), (batch,)
     if isinstance(batch, Tensor) or not isinstance(batch, Sequence) or not len(batch):
-        raise ValueError(
-            f"batch must be (inputs, *targets) or a dict, got {type(batch).__name__}"
-        )
+        raise ValueError(f"batch must be (inputs, *targets) or a dict, got {type(batch).__name__}")
     inputs, *targets = batch
     if isinstance(inputs, Mapping):
         return (), dict(inputs), tuple(targets)
@@ -323,7 +322,8 @@ def as_losses(found: Any, tasks: Sequence[str]) -> list[Tensor]:
     shapes = [tuple(x.shape) for x in found]
     if any(shape != () for shape in shapes):
         raise ValueError(f"losses must be scalars, got shapes {shapes}; reduce them over the batch")
-    return found
+    scalars: list[Tensor] = found
+    return scalars
 
 
 def _by_gradient(
@@ -362,7 +362,9 @@ def _deliver(
 ) -> Tensor:
     """Put the combined gradients behind a scalar whose ``backward()`` hands them out."""
     parameters = [p for p, _ in collected.values()]
-    out: Tensor = Precomputed.apply(value, [g for _, g in collected.values()], *parameters)
+    out: Tensor = Precomputed.apply(  # type: ignore[no-untyped-call]
+        value, [g for _, g in collected.values()], *parameters
+    )
     if backward:
         out.backward()
         return out.detach()

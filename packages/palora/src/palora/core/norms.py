@@ -69,8 +69,8 @@ def _batch_norm_rays(norm: Any, x: Tensor, rays: int) -> Tensor:
     y = F.batch_norm(wide, mean, var, weight, bias, True, 1.0, norm.eps)
     if track:
         _advance(norm, mean.view(rays, -1), var.view(rays, -1), rays)  # type: ignore[union-attr]
-    y = y.unflatten(1, (rays, -1)).transpose(0, 1)
-    return y.reshape(x.shape)
+    out: Tensor = y.unflatten(1, (rays, -1)).transpose(0, 1).reshape(x.shape)
+    return out
 
 
 def _advance(norm: Any, means: Tensor, variances: Tensor, rays: int) -> None:
@@ -106,7 +106,7 @@ class RayDropout(Switched):
             out: Tensor = own(x)
             return out
         rays = active.rays
-        mask = own(torch.ones_like(x[: x.shape[0] // rays]))
+        mask: Tensor = own(torch.ones_like(x[: x.shape[0] // rays]))
         return (x.view(rays, *mask.shape) * mask).view(x.shape)
 
 

@@ -41,7 +41,8 @@ def param_groups(
         [0.5, 1.5]
     """
     tasks = len(state_of(model).tasks)
-    base, adapters = [], []
+    base: list[nn.Parameter] = []
+    adapters: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own = name.rpartition(".")[2] in ("palora_A", "palora_B")

@@ -75,9 +75,7 @@ def as_preference(
         >>> as_preference({"depth": .25, "seg": .75}, ["seg", "depth"])
         tensor([0.7500, 0.2500])
     """
-    value = (
-        _from_mapping(lam, tasks, partial) if isinstance(lam, Mapping) else torch.as_tensor(lam)
-    )
+    value = _from_mapping(lam, tasks, partial) if isinstance(lam, Mapping) else torch.as_tensor(lam)
     value = value.to(torch.float32) if value.requires_grad else value.detach().float().clone()
     count = len(tasks)
     if value.dim() not in (1, 2) or value.shape[-1] != count:
@@ -286,9 +284,7 @@ def preference(
         torch.Size([3, 8])
     """
     state = state_of(model)
-    value = as_preference(
-        lam, state.tasks, normalize=normalize, simplex=simplex, partial=partial
-    )
+    value = as_preference(lam, state.tasks, normalize=normalize, simplex=simplex, partial=partial)
     with state.activate(Active(value, allow_expand=allow_expand)):
         yield value
 
@@ -316,9 +312,7 @@ def set_preference(
     if lam is None:
         state.sticky = None
         return
-    value = as_preference(
-        lam, state.tasks, normalize=normalize, simplex=simplex, partial=partial
-    )
+    value = as_preference(lam, state.tasks, normalize=normalize, simplex=simplex, partial=partial)
     state.sticky = Active(value, allow_expand=allow_expand)
 
 
@@ -351,7 +345,7 @@ class _Restore:
             context.__enter__()
             self.stack.append(context)
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.stack:
             self.stack.pop().__exit__(*error)
 

@@ -105,7 +105,10 @@ def multi(
     if len(parts) == 1:
         return parts[0]
     flat, tree = zip(*(tree_flatten(part) for part in parts), strict=True)
-    joined = [torch.cat(leaves) if _is_tensor(leaves[0]) else leaves[0] for leaves in zip(*flat, strict=True)]
+    joined = [
+        torch.cat(leaves) if _is_tensor(leaves[0]) else leaves[0]
+        for leaves in zip(*flat, strict=True)
+    ]
     return tree_unflatten(joined, tree[0])
 
 

@@ -183,8 +183,6 @@ def _energy_points(tasks: int, num: int) -> Tensor:
     try:
         from pymoo.util.ref_dirs import get_reference_directions
     except ImportError as error:
-        raise ImportError(
-            "layout='energy' needs pymoo: pip install \"palora[moo]\""
-        ) from error
+        raise ImportError("layout='energy' needs pymoo: pip install \"palora[moo]\"") from error
     points = np.asarray(get_reference_directions("energy", tasks, num, seed=1))
     return torch.from_numpy(points).double()

@@ -96,8 +96,7 @@ class SegNet(nn.Module):
             for i, w in enumerate(outs)
         )
         self.heads = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, out, 1))
-            for out in outputs
+            nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, out, 1)) for out in outputs
         )
         self.pool = nn.MaxPool2d(2, 2, return_indices=True)
         self.unpool = nn.MaxUnpool2d(2, 2)

@@ -16,7 +16,9 @@ from palora.front import Front
 __all__ = ["pareto_gap", "train_quadratic", "train_vlmop2", "vlmop2"]
 
 
-def train_quadratic(centres: Tensor, steps: int = 1500, lr: float = 0.02, seed: int = 0) -> nn.Module:
+def train_quadratic(
+    centres: Tensor, steps: int = 1500, lr: float = 0.02, seed: int = 0
+) -> nn.Module:
     """Train a one-layer model whose output w should equal Σ λ_t c_t.
 
     Args:

@@ -92,9 +92,7 @@ class TrainResult:
 def _prepare(task: Task, config: TrainConfig) -> tuple[nn.Module, list[dict[str, Any]]]:
     tasks = len(task.names)
     if config.method == "palora":
-        model = palora.inject(
-            task.build(0), task.names, rank=config.rank, alpha=config.alpha
-        )
+        model = palora.inject(task.build(0), task.names, rank=config.rank, alpha=config.alpha)
         return model, palora.param_groups(model, config.lr)
     if config.method == "pamal":
         model = PaMaL([task.build(0) for _ in range(tasks)])

@@ -100,7 +100,7 @@ class Front:
             1
         """
         if callable(constraint):
-            allowed = np.array([bool(constraint(row)) for row in self.losses])
+            allowed: Any = np.array([bool(constraint(row)) for row in self.losses])
         else:
             bounds = [constraint.get(t, np.inf) for t in self.tasks]
             if unknown := [t for t in constraint if t not in self.tasks]:
@@ -111,9 +111,7 @@ class Front:
         if minimize is not None and minimize not in self.tasks:
             raise KeyError(f"unknown task {minimize!r}; the tasks are: {self.tasks}")
         score = (
-            self.losses.mean(1)
-            if minimize is None
-            else self.losses[:, self.tasks.index(minimize)]
+            self.losses.mean(1) if minimize is None else self.losses[:, self.tasks.index(minimize)]
         )
         return int(np.where(allowed, score, np.inf).argmin())
 

@@ -37,14 +37,12 @@ def nondominated(points: Any) -> NDArray[np.bool_]:
         [True, True, False]
     """
     array = _points("points", points)
-    worse = (array[None] <= array[:, None]).all(-1) & (array[None] < array[:, None]).any(-1)
+    worse: Any = (array[None] <= array[:, None]).all(-1) & (array[None] < array[:, None]).any(-1)
     mask: NDArray[np.bool_] = ~worse.any(1)
     return mask
 
 
-def hypervolume(
-    points: Any, ref: Any, backend: Literal["own", "pymoo"] = "own"
-) -> float:
+def hypervolume(points: Any, ref: Any, backend: Literal["own", "pymoo"] = "own") -> float:
     """Return the volume between the points and a reference point that all should be below.
 
     Exact: a sort and sweep for two objectives, a sweep over a grid of coordinates for three and

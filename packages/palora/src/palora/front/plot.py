@@ -70,7 +70,7 @@ def _ternary(front: Front, ax: Axes, task: int, kw: dict[str, Any]) -> Axes:
     for name, corner, place in zip(
         front.tasks, corners, [("right", "top"), ("left", "top"), ("center", "bottom")], strict=True
     ):
-        ax.text(*corner, name, ha=place[0], va=place[1])
+        ax.text(corner[0], corner[1], name, ha=place[0], va=place[1])
     ax.set_aspect("equal")
     ax.axis("off")
     return ax

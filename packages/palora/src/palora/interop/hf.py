@@ -57,7 +57,7 @@ class PaloraTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kw: Any) -> Any:
         """Make the optimiser with the adapters at T times the learning rate."""
-        if self.optimizer is None:
+        if getattr(self, "optimizer", None) is None:
             groups = param_groups(
                 self.model, self.args.learning_rate, weight_decay=self.args.weight_decay
             )
@@ -66,9 +66,7 @@ class PaloraTrainer(Trainer):  # type: ignore[misc]
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **kw: Any
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kw: Any) -> Any:
         """Return the sum over this step's rays of the weighted losses."""
         step = self.state.global_step
         progress = min((step + 1) / max(self.state.max_steps, 1), 1.0)

@@ -206,7 +206,9 @@ def from_peft(
             raise ValueError(f"the LoRA of {task} uses DoRA or biases, which palora does not mix")
     pairs: dict[str, dict[str, str]] = {}
     for key in files[first]:
-        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", key)
+        found = re.fullmatch(
+            r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", key
+        )
         if found is None:
             raise ValueError(f"{key!r} is not a plain LoRA tensor")
         pairs.setdefault(found[1], {})[found[2]] = key
