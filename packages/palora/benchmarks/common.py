@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import sys
 import time
 import warnings
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 warnings.filterwarnings("ignore", message="rank exceeds")
@@ -45,17 +43,6 @@ def timed(cases: dict[str, Callable[[], Any]], repeats: int, inner: int = 1) -> 
                 run()
             found[name].append((time.perf_counter() - start) / inner * 1e3)
     return {name: min(values) for name, values in found.items()}
-
-
-def spread(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """As :func:`timed`, with the median."""
-    found: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(repeats):
-        for name, run in cases.items():
-            start = time.perf_counter()
-            run()
-            found[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in found.items()}
 
 
 class NaiveLinear(nn.Module):
@@ -130,12 +117,6 @@ def _mend_torchvision() -> None:
         _KEEP.append(lib)
     except RuntimeError:
         pass
-
-
-def train_step(model: nn.Module, x: Tensor, backward: Callable[[], Tensor] | None = None) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
-    F.mse_loss(model(x), torch.zeros(())).backward() if backward is None else backward().backward()
 
 
 def versions() -> dict[str, Any]:

@@ -7,6 +7,7 @@ cannot read a ``ContextVar``, so the same value is mirrored in a thread-local at
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,21 +85,21 @@ def as_preference(
             f"got {tuple(value.shape)}"
         )
     plain = value.detach()
-    if not bool(torch.isfinite(plain).all()):
+    finite, negative, empty, worst = _measure(plain)
+    if not finite:
         raise ValueError(f"the preference holds NaN or infinite entries: {plain.tolist()}")
     if not simplex:
-        _warn_extrapolation(plain)
+        if negative or worst > TOLERANCE:
+            _warn_extrapolation()
         return value
-    if bool((plain < 0).any()):
+    if negative:
         raise ValueError(
             f"the preference has negative entries: {plain.tolist()}; simplex=False extrapolates"
         )
-    total = value.sum(-1, keepdim=True)
     if normalize:
-        if bool((total == 0).any()):
+        if empty:
             raise ValueError("the preference sums to 0 and cannot be normalised")
-        return value / total
-    worst = float((total.detach() - 1).abs().max()) if value.numel() else 0.0
+        return value / value.sum(-1, keepdim=True)
     if worst > TOLERANCE:
         raise ValueError(
             f"the preference must sum to 1, its sum is off by {worst:.4g}; "
@@ -107,10 +108,24 @@ def as_preference(
     return value
 
 
-def _warn_extrapolation(plain: Tensor) -> None:
+def _measure(plain: Tensor) -> tuple[bool, bool, bool, float]:
+    """Whether all entries are finite, some negative, some row sums to 0; largest |Σλ − 1|."""
+    if plain.numel() <= 64:  # a dozen tensor operations would cost more than a small layer
+        rows = plain.tolist()
+        rows = rows if plain.dim() == 2 else [rows]
+        sums = [sum(row) for row in rows]
+        finite = all(math.isfinite(v) for row in rows for v in row)
+        negative = any(v < 0 for row in rows for v in row)
+        return finite, negative, 0.0 in sums, max((abs(s - 1) for s in sums), default=0.0)
+    total = plain.sum(-1)
+    finite = bool(torch.isfinite(plain).all())
+    worst = float((total - 1).abs().max())
+    return finite, bool((plain < 0).any()), bool((total == 0).any()), worst
+
+
+def _warn_extrapolation() -> None:
     global _warned_extrapolation
-    on_simplex = bool((plain >= 0).all()) and float((plain.sum(-1) - 1).abs().max()) <= TOLERANCE
-    if not on_simplex and not _warned_extrapolation:
+    if not _warned_extrapolation:
         _warned_extrapolation = True
         warnings.warn("the preference lies off the simplex: extrapolating", stacklevel=4)
 
