@@ -1,0 +1,1 @@
+"""The method itself: injection, preferences, both paths, objective, schedule, merging."""

@@ -1,0 +1,1 @@
+"""Worked examples on real data, and the networks of the paper's experiments."""

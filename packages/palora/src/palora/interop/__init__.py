@@ -1,0 +1,1 @@
+"""Exchange with other libraries; every module here needs its extra."""
