@@ -192,17 +192,24 @@ def evaluate(runs: list[dict[str, Any]]) -> dict[str, Any]:
             },
         ],
         "findings": [
-            f"Uniform scaling is a strong rival: LiNeS has more control accuracy on {wins} of "
-            f"{len(runs)} seeds (means {lines[1]:.1f} against {mean(uniform):.1f}).",
-            "Aggressive fine-tuning (2e-3), best control within 1.2 points of the fine-tuned target: "
-            f"LiNeS {hard_best['linear']:.1f}, uniform {hard_best['uniform']:.1f}, "
-            f"reverse {hard_best['reverse']:.1f}.",
-            "Merging the five copies by task arithmetic, coefficient tuned on validation data: "
-            f"{merged['False']:.1f} % without LiNeS, {merged['True']:.1f} % with it.",
-            "Where the tasks differ at the input, the shallow blocks are the specific ones: control is "
-            f"{turns['LiNeS, gamma = 0'][1]:.1f} % with LiNeS and "
-            f"{turns['reverse, gamma = 0'][1]:.1f} % with the reverse schedule, target "
-            f"{turns['LiNeS, gamma = 0'][0]:.1f} and {turns['reverse, gamma = 0'][0]:.1f} %.",
+            (
+                f"Uniform scaling is a strong rival: LiNeS has more control accuracy on {wins} of "
+                f"{len(runs)} seeds (means {lines[1]:.1f} against {mean(uniform):.1f})."
+            ),
+            (
+                "Aggressive fine-tuning (2e-3), best control within 1.2 points of the fine-tuned "
+                f"target: LiNeS {hard_best['linear']:.1f}, uniform {hard_best['uniform']:.1f}, "
+                f"reverse {hard_best['reverse']:.1f}."
+            ),
+            (
+                "Merging the five copies by task arithmetic, coefficient tuned on validation data: "
+                f"{merged['False']:.1f} % without LiNeS, {merged['True']:.1f} % with it."
+            ),
+            (
+                "Where the tasks differ at the input, the shallow blocks are the specific ones: "
+                f"LiNeS keeps {turns['LiNeS, gamma = 0'][0]:.1f} % of target accuracy, the reverse "
+                f"schedule {turns['reverse, gamma = 0'][0]:.1f} %."
+            ),
         ],
     }
 

@@ -35,7 +35,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, width) to (batch, width)."""
-        return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+        update: Tensor = self.fc2(F.gelu(self.fc1(self.norm(x))))
+        return x + update
 
 
 class ResidualMLP(nn.Module):
@@ -89,7 +90,7 @@ def load_digits(seed: int) -> Digits:
     x = torch.as_tensor(data, dtype=torch.float32)[order] / 16
     y = torch.as_tensor(target, dtype=torch.int64)[order]
     sizes = [400, 600, 200, len(y) - 1200]
-    parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    parts = list(zip(torch.split(x, sizes), torch.split(y, sizes), strict=True))
     return Digits(*parts)
 
 
@@ -113,7 +114,7 @@ def train(
         rows = torch.randint(len(y), (64,), generator=generator)
         loss = F.cross_entropy(model(x[rows]), y[rows])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -130,7 +131,8 @@ def subset(data: tuple[Tensor, Tensor], digits: Iterable[int]) -> tuple[Tensor, 
 def accuracy(weights: StateDict, data: tuple[Tensor, Tensor]) -> float:
     """Return the ten-way accuracy, in percent, of the network with these weights."""
     logits = torch.func.functional_call(_ARCHITECTURE, weights, (data[0],))
-    return 100 * (logits.argmax(1) == data[1]).double().mean().item()
+    hits = (logits.argmax(1) == data[1]).sum()
+    return 100 * int(hits) / len(data[1])
 
 
 @dataclass(frozen=True)
@@ -210,8 +212,11 @@ def merged_accuracy(experiment: Experiment, *, lines: bool) -> tuple[float, floa
     """
     best = (-1.0, 0.0, experiment.base)
     for value in GRID[1:]:
-        scaling = {"beta": value} if lines else {"alpha": value, "beta": 0.0}
-        merged = dict(lm.merge(experiment.base, list(experiment.finetuned), **scaling))
+        models = list(experiment.finetuned)
+        if lines:
+            merged = lm.merge(experiment.base, models, beta=value)
+        else:
+            merged = lm.merge(experiment.base, models, alpha=value, beta=0.0)
         score = accuracy(merged, experiment.digits.validation)
         if score > best[0]:
             best = (score, value, merged)
