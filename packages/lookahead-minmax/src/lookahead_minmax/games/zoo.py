@@ -284,7 +284,7 @@ class Covariance(SmoothGame):
         return torch.cat([factor.flatten(), torch.zeros_like(factor).flatten()])
 
     def distance(self, z: Tensor) -> Tensor:
-        """Return |VV' - S| in the Frobenius norm, (starts,); the rotation of V does not count."""
+        """Return the Frobenius norm of VV' - S, (starts,); the rotation of V does not count."""
         v, _ = self._matrices(z)
         return F.pairwise_distance(
             (v @ v.mT).flatten(-2), self.covariance.flatten().expand(len(z), -1), eps=0.0
