@@ -103,9 +103,9 @@ def edit(
 ) -> dict[str, Tensor]:
     r"""Scale the update of a fine-tuned model by depth (LiNeS, Eq. 1).
 
-    Returns $\theta_0 + \lambda^{(l)} (\theta - \theta_0)$ with
-    $\lambda^{(l)} = \alpha + \beta (l-1)/(L-1)$ in block l of L, and $\alpha$ outside the blocks. The paper
-    restores general ability with $\alpha = \gamma, \beta = 1 - \gamma$: the last block stays as it is, the
+    Returns :math:`\theta_0 + \lambda^{(l)} (\theta - \theta_0)` with
+    :math:`\lambda^{(l)} = \alpha + \beta (l-1)/(L-1)` in block l of L, and :math:`\alpha` outside the blocks. The paper
+    restores general ability with :math:`\alpha = \gamma, \beta = 1 - \gamma`: the last block stays as it is, the
     first goes back towards the base. Arithmetic is in float32 (float64 if an input is), rounded once.
 
     Args:
@@ -256,7 +256,7 @@ def merge(
 ) -> dict[str, Tensor]:
     r"""Merge fine-tuned models and scale the merged task vector by depth.
 
-    Returns $\theta_0 + \mathrm{LiNeS}(\tau_{MTL}; \alpha, \beta)$ with $\tau_{MTL} = g(\tau_1, .., \tau_T)$.
+    Returns :math:`\theta_0 + \mathrm{LiNeS}(\tau_{MTL}; \alpha, \beta)` with :math:`\tau_{MTL} = g(\tau_1, .., \tau_T)`.
 
     Args:
         base: the pre-trained weights: state dict, module or path.
@@ -265,10 +265,10 @@ def merge(
         method: "average", "task_arithmetic", "ties", "consensus", "consensus_ties", "magnitude", "dare",
             "dare_ties", a name given to `register_merge`, or a `Merge`.
         alpha: factor of the first block and, by default, of everything outside the blocks; "auto" takes
-            Eq. 2, $\alpha = \|\sum_t \tau_t\| / (T \|\tau_{MTL}\|)$, so that the first block is scaled as
+            Eq. 2, :math:`\alpha = \|\sum_t \tau_t\| / (T \|\tau_{MTL}\|)`, so that the first block is scaled as
             in an average.
         beta: increase from the first block to the last; the paper tunes it on validation data.
-        lines: False returns the plain merge $\theta_0 + \alpha \tau_{MTL}$ ("auto" stands for 1).
+        lines: False returns the plain merge :math:`\theta_0 + \alpha \tau_{MTL}` ("auto" stands for 1).
         norm: 1 (the authors' code) or 2.
         depth: see `edit`.
         schedule: see `edit`.
@@ -326,7 +326,7 @@ def merge(
 def auto_alpha(
     task_vectors: Sequence[Mapping[str, Tensor]], merged: Mapping[str, Tensor], *, norm: int = 1
 ) -> float:
-    r"""Return $\alpha = \|\sum_t \tau_t\| / (T \|\tau_{MTL}\|)$ (Eq. 2).
+    r"""Return :math:`\alpha = \|\sum_t \tau_t\| / (T \|\tau_{MTL}\|)` (Eq. 2).
 
     Args:
         task_vectors: the T task vectors, unweighted, untrimmed and unmasked.

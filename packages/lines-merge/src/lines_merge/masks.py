@@ -121,15 +121,15 @@ def tall_masks(
     evaluate: Callable[[str, dict[str, Tensor]], float] | None = None,
     **method_arguments: Any,
 ) -> PackedMasks:
-    r"""Return each task's mask $m_t = 1[|\tau_t| > \lambda_t |\tau_{MTL} - \tau_t|]$.
+    r"""Return each task's mask :math:`m_t = 1[|\tau_t| > \lambda_t |\tau_{MTL} - \tau_t|]`.
 
     Args:
         base: pre-trained weights.
         models: fine-tuned weights, one for each task.
         lambdas: one threshold, a mapping from task to threshold, or candidates among which `evaluate`
             chooses for each task.
-        method: merge that gives the unscaled $\tau_{MTL}$.
-        evaluate: called with a task's key and the weights $\theta_0 + m_t \tau_{MTL}$, returns a validation
+        method: merge that gives the unscaled :math:`\tau_{MTL}`.
+        evaluate: called with a task's key and the weights :math:`\theta_0 + m_t \tau_{MTL}`, returns a validation
             accuracy; the first of equal candidates wins.
         **method_arguments: of the method.
 

@@ -89,7 +89,7 @@ class BaseMerge:
         return None
 
     def norms(self, stats: Stats, norm: int) -> tuple[float, float]:
-        """Return the sums of |.|^norm over the sum of the task vectors and over the merged one."""
+        """Return the sums of ``|x|^norm`` over the sum of the task vectors and over the merged one."""
         sums = Sums(2)
 
         def measure(cell: Cell) -> None:

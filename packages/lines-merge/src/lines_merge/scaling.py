@@ -231,7 +231,7 @@ class _Measured(BaseMerge):
 
 
 def norm_ratio(total: float, merged: float, num_models: int, norm: int) -> float:
-    """Return alpha from the sums of |.|^norm (Eq. 2); warn above 1."""
+    """Return alpha from the sums of ``|x|^norm`` (Eq. 2); warn above 1."""
     alpha = (
         (total / merged) ** (1 / norm) / num_models if norm == 2 else total / merged / num_models
     )

@@ -29,7 +29,7 @@ def wise_ft(
     beta: float = 0.5,
     **arguments: Any,
 ) -> dict[str, Tensor]:
-    r"""Return $\theta_0 + \gamma\,\mathrm{LiNeS}(\tau; \alpha, \beta)$.
+    r"""Return :math:`\theta_0 + \gamma\,\mathrm{LiNeS}(\tau; \alpha, \beta)`.
 
     Args:
         base: pre-trained weights.
@@ -55,7 +55,7 @@ def uniform_soup(
     beta: float = 0.0,
     **arguments: Any,
 ) -> dict[str, Tensor]:
-    r"""Return $\theta_0 + \mathrm{LiNeS}(\frac1T \sum_t \tau_t; \alpha, \beta)$.
+    r"""Return :math:`\theta_0 + \mathrm{LiNeS}(\frac1T \sum_t \tau_t; \alpha, \beta)`.
 
     Args:
         base: pre-trained weights.
@@ -123,7 +123,7 @@ def rewarded_soup(
     beta: float = 1.0,
     **arguments: Any,
 ) -> dict[str, Tensor]:
-    r"""Return $\theta_{SFT} + \mathrm{LiNeS}(\lambda\tau_1 + (1 - \lambda)\tau_2; \alpha, \beta)$.
+    r"""Return :math:`\theta_{SFT} + \mathrm{LiNeS}(\lambda\tau_1 + (1 - \lambda)\tau_2; \alpha, \beta)`.
 
     Args:
         base: the supervised model that both policies start from.
