@@ -12,6 +12,7 @@ fine-tuned on one task at a time. Then
     python examples/minilm.py train --data-dir DATA --work RUNS
     python examples/minilm.py forgetting --data-dir DATA --work RUNS --out benchmarks
     python examples/minilm.py merging --data-dir DATA --work RUNS --out benchmarks
+    python examples/minilm.py report --out benchmarks
 
 DATA holds sst2/{train,dev}.tsv, agnews/dev.tsv and trec/{train_5500,TREC_10}.label. About an hour on two cores.
 """
@@ -282,14 +283,50 @@ def evaluate(arguments: argparse.Namespace) -> None:
     file.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
+def report(arguments: argparse.Namespace) -> None:
+    """Print minilm.json as the tables of RESULTS.md."""
+    result = json.loads((arguments.out / "minilm.json").read_text(encoding="utf-8"))
+    zero = result["zero-shot"]
+    print("zero-shot:", ", ".join(f"{name} {value:.1f}" for name, value in zero.items()))
+
+    def both(rows: list[dict[str, float]], target: str) -> str:
+        controls = [name for name in TASKS if name != target]
+        values = [sum(row[name] for row in rows) / len(rows) for name in [target, *controls]]
+        return f"{values[0]:.1f} / {sum(values[1:]) / len(controls):.1f}"
+
+    print("\n| | " + " | ".join(f"fine-tuned on {name}" for name in TASKS) + " |")
+    print("|---" * (len(TASKS) + 1) + "|")
+    seeds = list(result["forgetting"].values())
+    lines = {"fine-tuned": lambda seed, target: seed[target]["fine-tuned"]}
+    for schedule in SCHEDULES:
+        for value in GAMMAS if schedule != "uniform" else GAMMAS[1:]:
+            lines[f"{schedule} {value}"] = lambda seed, target, s=schedule, v=value: seed[target][
+                s
+            ][str(v)]
+    for name, pick in lines.items():
+        cells = [both([pick(seed, target) for seed in seeds], target) for target in TASKS]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+    print("\n| | coefficients | " + " | ".join(TASKS) + " | mean |")
+    print("|---" * (len(TASKS) + 3) + "|")
+    runs = list(result["merging"].values())
+    for name in runs[0]:
+        rows = [run[name] for run in runs]
+        values = [sum(row[task] for row in rows) / len(rows) for task in TASKS]
+        chosen = ", ".join(str(row["coefficient"]) for row in rows if "coefficient" in row)
+        cells = " | ".join(f"{value:.1f}" for value in [*values, sum(values) / len(values)])
+        print(f"| {name} | {chosen} | {cells} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("stage", choices=["train", "forgetting", "merging"])
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
+    parser.add_argument("stage", choices=["train", "forgetting", "merging", "report"])
+    parser.add_argument("--data-dir", type=Path, help="folder of the three data sets")
+    parser.add_argument("--work", type=Path, help="folder of the checkpoints")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     arguments = parser.parse_args()
-    (train if arguments.stage == "train" else evaluate)(arguments)
+    stages = {"train": train, "report": report}
+    stages.get(arguments.stage, evaluate)(arguments)
 
 
 if __name__ == "__main__":
