@@ -255,13 +255,12 @@ def _blocks(
         present = sorted(set(stack.positions.values()))
         if not allow_gaps:
             _refuse_gaps(stack, present)
-        rank = {position: i for i, position in enumerate(present)}
+        block = {pos: Block(label, i, len(present)) for i, pos in enumerate(present)}
         for name, position in stack.positions.items():
-            blocks[name] = Block(label, rank[position], len(present))
-        firsts = {stage: i for (stage, _), i in reversed(rank.items())}
+            blocks[name] = block[position]
+        firsts = {stage: first for (stage, _), first in reversed(block.items())}
         for name, stage in stack.samplers.items():
-            if stage in firsts:
-                blocks[name] = Block(label, firsts[stage], len(present))
+            blocks[name] = firsts.get(stage)
     return blocks
 
 

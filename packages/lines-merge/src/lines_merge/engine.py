@@ -200,6 +200,12 @@ class Engine:
         self.passes += names is None
         self._run(entries, lambda job, worker: self._scan_job(job, worker, function))
 
+    def scan_cell(self, function: CellFunction, name: str, start: int) -> None:
+        """Call `function` on the one cell of a tensor that starts there."""
+        entry = self.entries[name]
+        job = _Job(entry, start, min(start + CELL, entry.info.numel), check=False)
+        self._scan_job(job, self._worker(0), function)
+
     def write(
         self,
         function: Callable[[Cell, Sequence[Tensor]], None],
@@ -217,17 +223,17 @@ class Engine:
         """Keep the inputs of these tensors in memory between passes, if the cache has room."""
         entries = self.merged() if names is None else [self.entries[name] for name in names]
         sources = [self.base, *self.models]
-        fits = self.nbytes(entries) <= self.cache and any(source.on_disk for source in sources)
+        fits = self.nbytes(entries) <= self.cache and all(source.on_disk for source in sources)
         added = []
         if fits:
             for entry in entries:
-                for index, source in enumerate(sources):
-                    key = (index, entry.name)
-                    longer = source.tensors[entry.name].numel != entry.info.numel
-                    if key not in self._held and source.on_disk and not longer:
-                        info = source.tensors[entry.name]
-                        self._held[key] = torch.empty(info.numel, dtype=info.dtype)
-                        added.append(key)
+                infos = [source.tensors[entry.name] for source in sources]
+                alike = len({(info.dtype, info.numel) for info in infos}) == 1
+                if alike and (0, entry.name) not in self._held:
+                    matrix = torch.empty(len(sources), entry.info.numel, dtype=entry.info.dtype)
+                    for index, row in enumerate(matrix):
+                        self._held[index, entry.name] = row
+                        added.append((index, entry.name))
         try:
             yield fits
         finally:
@@ -291,6 +297,7 @@ class Engine:
         """Return the chunk of base and models, as stored."""
         entry, size = job.entry, job.stop - job.start
         sources = [self.base, *self.models] if entry.merged else [self.base]
+        buffers = self._buffers(entry, sources, worker, size)
         rows: list[Tensor] = []
         for index, source in enumerate(sources):
             held = self._held.get((index, entry.name))
@@ -301,18 +308,29 @@ class Engine:
                 if (entry.name, job.start) not in self._loaded:
                     source.read(entry.name, job.start, job.stop, row)
             else:
-                dtype = source.tensors[entry.name].dtype
-                buffer = worker.chunk(index, dtype, size) if source.on_disk else None
-                row = source.read(entry.name, min(job.start, stop), stop, buffer)
+                row = source.read(entry.name, min(job.start, stop), stop, buffers[index])
             if row.numel() < size:  # fewer embedding rows than the base: no update there
                 tail = rows[0][row.numel() :].to(row.dtype)
                 row = torch.cat([row, tail])
             rows.append(row)
             self._count(row.numel() * row.element_size())
-        if self._held:
+        if self._held and (0, entry.name) in self._held:
             with self._lock:
                 self._loaded.add((entry.name, job.start))
         return rows
+
+    def _buffers(
+        self, entry: Entry, sources: Sequence[TensorSource], worker: Worker, size: int
+    ) -> list[Tensor | None]:
+        """Return where each source reads to: the rows of one matrix if their dtypes agree."""
+        dtypes = [source.tensors[entry.name].dtype for source in sources]
+        if len(set(dtypes)) == 1 and all(source.on_disk for source in sources):
+            matrix = worker.chunk(0, dtypes[0], len(sources) * size)
+            return list(matrix.view(len(sources), size))
+        return [
+            worker.chunk(index, dtype, size) if source.on_disk else None
+            for index, (source, dtype) in enumerate(zip(sources, dtypes, strict=True))
+        ]
 
     def _count(self, nbytes: int) -> None:
         with self._lock:
@@ -325,11 +343,15 @@ class Engine:
         dtype = self.compute_dtype(entry)
         block = worker.block(len(rows), dtype)
         depth = self.depth.get(entry.name, 0.0)
+        matrix = _as_matrix(rows)
         for offset in range(0, job.stop - job.start, CELL):
             size = min(CELL, job.stop - job.start - offset)
             raw = [row[offset : offset + size] for row in rows]
-            for index, row in enumerate(raw):
-                block[index, :size].copy_(row)
+            if matrix is not None:  # one call converts all rows
+                block[:, :size].copy_(matrix[:, offset : offset + size])
+            else:
+                for index, row in enumerate(raw):
+                    block[index, :size].copy_(row)
             base, deltas = block[0, :size], block[1:, :size]
             torch.sub(deltas, base, out=deltas)
             start = job.start + offset
@@ -400,6 +422,18 @@ class Engine:
                     UnrelatedBaseWarning,
                     stacklevel=5,
                 )
+
+
+def _as_matrix(rows: Sequence[Tensor]) -> Tensor | None:
+    """Return the rows as one tensor if they lie at equal distances in the same memory."""
+    first = rows[0]
+    storage = first.untyped_storage().data_ptr()
+    step = rows[1].storage_offset() - first.storage_offset()
+    for index, row in enumerate(rows):
+        same = row.dtype == first.dtype and row.untyped_storage().data_ptr() == storage
+        if not same or row.storage_offset() != first.storage_offset() + index * step:
+            return None
+    return first.as_strided((len(rows), first.numel()), (step, 1))
 
 
 def _some(names: Sequence[str]) -> str:

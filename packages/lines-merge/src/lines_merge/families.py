@@ -73,7 +73,8 @@ def strip_wrappers(name: str) -> str:
     >>> strip_wrappers("_orig_mod.module.blocks.0._fsdp_wrapped_module.norm.weight")
     'blocks.0.norm.weight'
     """
-    name = _WRAPPERS.sub("", name)
+    if "mod" in name:  # all wrappers have it, and most names have no wrapper
+        name = _WRAPPERS.sub("", name)
     return name.removeprefix("base_model.model.")
 
 
@@ -90,9 +91,10 @@ class _Container:
 def _virtual(name: str) -> str:
     """Write hidden integers as components of their own."""
     name = strip_wrappers(name)
-    if "layer" in name:
-        name = _RESNET_STAGE.sub(r"layer#.\1", name)
-        name = _TORCHVISION_VIT.sub(r"encoder_layer_.\1", name)
+    if "encoder_layer_" in name:
+        return _TORCHVISION_VIT.sub(r"encoder_layer_.\1", name)
+    if "layer" in name and "layers." not in name:
+        return _RESNET_STAGE.sub(r"layer#.\1", name)
     return name
 
 
@@ -100,18 +102,16 @@ def _containers(paths: Mapping[str, str], skip: int = 0) -> list[_Container]:
     """Group names by the path before their integer number `skip` (0 is the outermost)."""
     found: dict[str, _Container] = {}
     for name, path in paths.items():
-        match = None
-        position = 0
-        for _ in range(skip + 1):
-            match = _INTEGER.search(path, position)
-            if match is None:
-                break
-            position = match.end()
+        match = _INTEGER.search(path)
+        for _ in range(skip):
+            match = match and _INTEGER.search(path, match.end())
         if match is None:
             continue
         start, end = match.span()
         prefix = path[: start - 1] if start else ""
-        container = found.setdefault(prefix, _Container(prefix, {}))
+        container = found.get(prefix)
+        if container is None:
+            container = found[prefix] = _Container(prefix, {})
         container.entries.setdefault(int(match[1]), {})[name] = path[end + 1 :]
     return list(found.values())
 

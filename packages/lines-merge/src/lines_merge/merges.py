@@ -35,6 +35,10 @@ class Stats(Protocol):
         """Call a function on every cell, from several threads; sums must not depend on the order."""
         ...
 
+    def scan_cell(self, function: CellFunction, name: str, start: int) -> None:
+        """Call a function on the one cell of a tensor that starts there."""
+        ...
+
     def hold(self, names: Iterable[str] | None = None) -> AbstractContextManager[bool]:
         """Keep the inputs of some tensors in memory between passes, if there is room."""
         ...

@@ -33,6 +33,10 @@ class Scanner(Protocol):
         """Call the function on every cell."""
         ...
 
+    def scan_cell(self, function: CellFunction, name: str, start: int) -> None:
+        """Call the function on one cell."""
+        ...
+
     def compute_dtype(self, entry: Entry) -> torch.dtype:
         """Return the dtype of the arithmetic."""
         ...
@@ -230,10 +234,9 @@ class _Search:
         result: list[int] = []
 
         def find(cell: Cell) -> None:
-            if cell.start == start:
-                for _, magnitude in self._magnitudes(cell, [task]):
-                    ties = np.flatnonzero(magnitude.numpy() == value)
-                    result.append(start + int(ties[quota - 1]))
+            for _, magnitude in self._magnitudes(cell, [task]):
+                ties = np.flatnonzero(magnitude.numpy() == value)
+                result.append(start + int(ties[quota - 1]))
 
-        self._scanner.scan(find, [name])
+        self._scanner.scan_cell(find, name, start)
         return result[0]
