@@ -400,7 +400,8 @@ from lines_merge.io import output
 real = output.FileSink.flush
 def flush(self, *arguments):
     real(self, *arguments)
-    print("wrote", flush=True)
+    sys.stdout.write("wrote\\n")  # one write, since two threads may arrive together
+    sys.stdout.flush()
     time.sleep(0.2)
 output.FileSink.flush = flush
 base, model, out = sys.argv[1:]
