@@ -161,6 +161,7 @@ def mix_chunked(
 
 def make_plan(
     layer: HyperMixing,
+    chunk_size: int,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     ids: tuple[Tensor | None, Tensor | None],
@@ -171,6 +172,7 @@ def make_plan(
 
     Args:
         layer: the layer.
+        chunk_size: tokens at a time.
         key_mask: (B, N) bool or None.
         query_mask: (B, M) bool or None.
         ids: explicit positions of queries and of keys.
@@ -221,4 +223,4 @@ def make_plan(
         return layer.finish(y, mask, query.dtype, own)
 
     names = tuple(name for name, _ in layer.named_parameters())
-    return Plan(layer.chunk_size or 1, names, write, between, read, layer.group)
+    return Plan(chunk_size, names, write, between, read, layer.group)

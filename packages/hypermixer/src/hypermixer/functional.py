@@ -95,10 +95,12 @@ def exact_sums(x: Tensor) -> AbstractContextManager[object]:
 
 
 def sum_over_tokens(weights: Tensor, value: Tensor) -> Tensor:
-    """Return weightsᵀ·value (…, r, f), summed over tokens in float32 or better."""
+    """Return weightsᵀ·value (H, B, r, f), summed over tokens in float32 or better."""
     dtype = accumulation_dtype(torch.promote_types(weights.dtype, value.dtype))
+    heads, batch = value.shape[:2]
     with exact_sums(value):
-        return torch.matmul(weights.to(dtype).transpose(-1, -2), value.to(dtype))
+        left = weights.to(dtype).flatten(0, 1).transpose(1, 2)
+        return torch.bmm(left, value.to(dtype).flatten(0, 1)).unflatten(0, (heads, batch))
 
 
 def token_state(g: Tensor, value: Tensor, *, bias: bool) -> Tensor:
@@ -131,10 +133,16 @@ def read_matrix(hidden: Tensor, u: Tensor, c: Tensor | None) -> Tensor:
 def read_tokens(g: Tensor, matrix: Tensor) -> Tensor:
     """Return Y = [G 1] R (H, B, M, f)."""
     dtype = output_dtype(g.dtype)
-    rows = g.shape[-1]
+    heads, batch, _, rows = g.shape
     with exact_sums(g):
-        y = torch.matmul(g.to(dtype), matrix[..., :rows, :].to(dtype))
-        return y + matrix[..., rows:, :].to(dtype) if matrix.shape[-2] > rows else y
+        flat = matrix.to(dtype).flatten(0, 1)
+        left = g.to(dtype).flatten(0, 1)
+        y = (
+            torch.bmm(left, flat)
+            if flat.shape[1] == rows
+            else torch.baddbmm(flat[:, rows:], left, flat[:, :rows])
+        )
+        return y.unflatten(0, (heads, batch))
 
 
 def generate(g: Tensor, u: Tensor, c: Tensor | None) -> Tensor:

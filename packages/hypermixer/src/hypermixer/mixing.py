@@ -25,6 +25,7 @@ from hypermixer.distributed import GroupRef, all_reduce_sum, exclusive_scan, ran
 from hypermixer.functional import (
     Activation,
     accumulation_dtype,
+    crossover_length,
     generate,
     get_activation,
     hidden_from_state,
@@ -38,6 +39,7 @@ from hypermixer.packed import Packing, mix_packed, pack, pad_packed
 from hypermixer.positions import make_token_info
 from hypermixer.state import MixingState
 
+_CACHED_ELEMENTS = 2**19  # of a chunk of tokens; with its temporaries it stays in a core's caches
 PositionIds = Tensor | tuple[Tensor | None, Tensor | None] | None
 
 
@@ -277,10 +279,11 @@ class HyperMixing(nn.Module):
         query_ids, key_ids = _pair(position_ids)
         starts = self._starts(length, keys.shape[1], query_ids, key_ids, query.device)
         shared = same and query_mask is key_mask and query_ids is key_ids
-        if self.chunk_size is not None and not self.causal and not is_compiling():
+        chunk = self._chunk(query, keys.shape[1])
+        if chunk is not None:
             scale = self._scale(self._count(keys, key_mask))
             ids = (query_ids, key_ids)
-            plan = make_plan(self, key_mask, query_mask, ids, starts, scale)
+            plan = make_plan(self, chunk, key_mask, query_mask, ids, starts, scale)
             key_or_none = None if shared else keys
             value_or_none = None if values is keys else values
             parameters = dict(self.named_parameters())
@@ -301,6 +304,25 @@ class HyperMixing(nn.Module):
             y = self._mix(g1, g2, v, self._count(keys, key_mask), shared)
         return self.finish(y, query_mask, query.dtype)
 
+    def _chunk(self, query: Tensor, keys: int) -> int | None:
+        """Return the tokens at a time, or None for all at once.
+
+        Without gradients a CPU is fastest on pieces that stay in its caches, so that long sequences
+        are cut even where no ``chunk_size`` was asked for.
+        """
+        if self.causal or is_compiling():
+            return None
+        if self.chunk_size is not None or query.device.type != "cpu" or torch.is_grad_enabled():
+            return self.chunk_size
+        batch, queries, width = query.shape
+        piece = max(128, _CACHED_ELEMENTS // max(1, batch * width))
+        if min(queries, keys) <= piece or self.algorithm not in ("auto", "factored"):
+            return None
+        _, k, h = self.w1.fc2_weight.shape
+        f = width // self.num_heads
+        limit = crossover_length(k, h, f, tied=self.tied)
+        return piece if min(queries, keys) >= limit else None
+
     @property
     def _reader(self) -> Hypernet:
         return self.w1 if self.w2 is None else self.w2
@@ -318,10 +340,16 @@ class HyperMixing(nn.Module):
         return x if self.token_info is None else self.token_info(x, ids, start)
 
     def _hidden_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both sides' hidden layers of the same tokens, by one batched product."""
+        """Return both sides' hidden layers of the same tokens.
+
+        On accelerators by one product with the stacked weights; on CPUs two are faster, since
+        their results are contiguous and nothing is copied.
+        """
         if self.w2 is None:
             g = self.w1.hidden(x)
             return g, g
+        if x.device.type == "cpu":
+            return self.w1.hidden(x), self.w2.hidden(x)
         weight = torch.cat([self.w1.fc1_weight, self.w2.fc1_weight], dim=1)
         bias = None
         if self.w1.fc1_bias is not None and self.w2.fc1_bias is not None:
