@@ -11,9 +11,9 @@ def is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-def positive(name: str, value: int) -> None:
+def positive(name: str, value: object) -> None:
     """Require an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
 
 

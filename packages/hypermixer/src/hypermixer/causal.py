@@ -27,7 +27,9 @@ from hypermixer.functional import (
     token_state,
 )
 
-_STATE_BUDGET = 2**22  # elements of prefix states formed at a time, unless the caller says otherwise
+_STATE_BUDGET = (
+    2**22
+)  # elements of prefix states formed at a time, unless the caller says otherwise
 
 
 class Output(NamedTuple):
@@ -108,8 +110,8 @@ class _Scan(torch.autograd.Function):
         boundaries, parts = [], []
         for part in range(0, g1.shape[2], step):
             boundaries.append(carry)
-            ranges = _chunk(part, step, g1, g2, value, scale)
-            y, carry = scan_chunk(carry, *ranges, layers, activation, direct)
+            now = _chunk(part, step, g1, g2, value, scale)
+            y, carry = scan_chunk(carry, *now, layers, activation, direct)
             parts.append(y)
         ctx.activation, ctx.direct, ctx.step = activation, direct, step
         ctx.save_for_backward(torch.stack(boundaries), g1, g2, value, scale, *output)
@@ -130,12 +132,15 @@ class _Scan(torch.autograd.Function):
             carry = boundaries[index].detach().requires_grad_()
             pieces = [t[:, :, window].detach().requires_grad_() for t in (g1, g2, value)]
             factor = None if scale is None else scale[:, window]
+            layers = Output(*leaves)  # type: ignore[arg-type]
             with torch.enable_grad():
                 y, after = scan_chunk(
                     carry,
-                    *pieces,
+                    pieces[0],
+                    pieces[1],
+                    pieces[2],
                     factor,
-                    Output(*leaves),  # type: ignore[arg-type]
+                    layers,
                     ctx.activation,
                     ctx.direct,
                 )
@@ -165,7 +170,7 @@ def blocks_of(x: Tensor, block_size: int) -> Tensor:
     missing = -x.shape[2] % block_size
     if missing:
         x = F.pad(x, (0, 0, 0, missing))
-    return x.unflatten(2, (-1, block_size))
+    return x.reshape(*x.shape[:2], -1, block_size, x.shape[3])
 
 
 def mix_causal(

@@ -1,13 +1,13 @@
 """The parameter names of the two public implementations, and ours.
 
-    ours                     authors' code and SpeechBrain
-    w1.fc1_weight (H, h, f)  hyper.w1_gen.fc1_weights
-    w1.fc1_bias   (H, h)     hyper.w1_gen.fc1_biases
-    w1.fc2_weight (H, k, h)  hyper.w1_gen.fc2_weights
-    w1.fc2_bias   (H, k)     hyper.w1_gen.fc2_biases
-    w2.*  (none when tied)   hyper.w2_gen.*  (duplicates of w1_gen when tied)
-    norm.weight, norm.bias   layer_norm.weight, layer_norm.bias
-    (none: it is computed)   token_information.pe, positional_encoding.pe
+ours                     authors' code and SpeechBrain
+w1.fc1_weight (H, h, f)  hyper.w1_gen.fc1_weights
+w1.fc1_bias   (H, h)     hyper.w1_gen.fc1_biases
+w1.fc2_weight (H, k, h)  hyper.w1_gen.fc2_weights
+w1.fc2_bias   (H, k)     hyper.w1_gen.fc2_biases
+w2.*  (none when tied)   hyper.w2_gen.*  (duplicates of w1_gen when tied)
+norm.weight, norm.bias   layer_norm.weight, layer_norm.bias
+(none: it is computed)   token_information.pe, positional_encoding.pe
 """
 
 from __future__ import annotations

@@ -60,11 +60,12 @@ def _same_autocast(kind: str) -> Callable[[], AbstractContextManager[object]]:
     return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
 
 
-def _write_all(
-    plan: Plan, key: Tensor, value: Tensor | None, parameters: Parameters
-) -> Tensor:
+def _write_all(plan: Plan, key: Tensor, value: Tensor | None, parameters: Parameters) -> Tensor:
     windows = _windows(key.shape[1], plan.chunk_size)
-    parts = (plan.write(key[:, w], None if value is None else value[:, w], w, parameters) for w in windows)
+    parts = (
+        plan.write(key[:, w], None if value is None else value[:, w], w, parameters)
+        for w in windows
+    )
     state = next(parts)
     for part in parts:
         state = state + part
@@ -107,12 +108,12 @@ class _ChunkedMix(torch.autograd.Function):
         parameters = dict(zip(plan.names, leaves, strict=True))
         totals = [torch.zeros_like(t) for t in leaves]
 
-        def run(
-            outputs: Tensor, inputs: list[Tensor], upstream: Tensor
-        ) -> list[Tensor]:
+        def run(outputs: Tensor, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
             """Add to the parameters' gradients; return those of the inputs."""
             wanted = [*inputs, *leaves]
-            grads = torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)
+            grads: tuple[Tensor | None, ...] = torch.autograd.grad(
+                outputs, wanted, upstream, allow_unused=True
+            )
             for total, part in zip(totals, grads[len(inputs) :], strict=True):
                 if part is not None:
                     total += part
@@ -142,7 +143,9 @@ class _ChunkedMix(torch.autograd.Function):
                 inputs = [keys[:, window].detach().requires_grad_()]
                 if value is not None:
                     inputs.append(value[:, window].detach().requires_grad_())
-                s = plan.write(inputs[0], inputs[1] if len(inputs) > 1 else None, window, parameters)
+                s = plan.write(
+                    inputs[0], inputs[1] if len(inputs) > 1 else None, window, parameters
+                )
                 grads = run(s, inputs, d_state)
                 d_key[:, window] += grads[0]
                 if d_value is not None:

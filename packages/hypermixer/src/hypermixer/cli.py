@@ -46,7 +46,9 @@ def _show(args: argparse.Namespace, content: dict[str, Any], text: str) -> None:
 
 def _claims(content: dict[str, Any]) -> tuple[str, int]:
     claims = content["claims"]
-    rows = [[c["claim"], c["baseline"], c["ours"], "holds" if c["holds"] else "FAILS"] for c in claims]
+    rows = [
+        [c["claim"], c["baseline"], c["ours"], "holds" if c["holds"] else "FAILS"] for c in claims
+    ]
     text = "\n\n" + table(["claim", "baseline", "ours", "verdict"], rows) if rows else ""
     return text, 0 if all(c["holds"] for c in claims) else 1
 
@@ -126,7 +128,10 @@ def _bench(args: argparse.Namespace) -> int:
     )
     columns = ["N", *content["forms"]]
     rows = [
-        [str(row["length"]), *(f"{row[form]:.2f} ms" if form in row else "-" for form in content["forms"])]
+        [
+            str(row["length"]),
+            *(f"{row[form]:.2f} ms" if form in row else "-" for form in content["forms"]),
+        ]
         for row in content["rows"]
     ]
     _show(args, content, table(columns, rows))
@@ -188,11 +193,13 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--data-dir", type=Path, help="folder of sst2/, agnews/, trec/")
     common.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser = argparse.ArgumentParser(prog="hypermixer", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="hypermixer", description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"hypermixer {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, function: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, parents=[common])
         command.set_defaults(function=function)
         return command

@@ -100,7 +100,8 @@ def sum_over_tokens(weights: Tensor, value: Tensor) -> Tensor:
     heads, batch = value.shape[:2]
     with exact_sums(value):
         left = weights.to(dtype).flatten(0, 1).transpose(1, 2)
-        return torch.bmm(left, value.to(dtype).flatten(0, 1)).unflatten(0, (heads, batch))
+        product = torch.bmm(left, value.to(dtype).flatten(0, 1))
+        return product.view(heads, batch, *product.shape[1:])
 
 
 def token_state(g: Tensor, value: Tensor, *, bias: bool) -> Tensor:
@@ -142,7 +143,7 @@ def read_tokens(g: Tensor, matrix: Tensor) -> Tensor:
             if flat.shape[1] == rows
             else torch.baddbmm(flat[:, rows:], left, flat[:, :rows])
         )
-        return y.unflatten(0, (heads, batch))
+        return y.view(heads, batch, *y.shape[1:])
 
 
 def generate(g: Tensor, u: Tensor, c: Tensor | None) -> Tensor:

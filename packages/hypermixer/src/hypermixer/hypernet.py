@@ -28,11 +28,7 @@ def project_heads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     heads, out, width = weight.shape
     flat = x.reshape(batch * length, heads, width).transpose(0, 1)
     turned = weight.transpose(1, 2)
-    y = (
-        torch.bmm(flat, turned)
-        if bias is None
-        else torch.baddbmm(bias.unsqueeze(1), flat, turned)
-    )
+    y = torch.bmm(flat, turned) if bias is None else torch.baddbmm(bias.unsqueeze(1), flat, turned)
     return y.view(heads, batch, length, out)
 
 

@@ -23,7 +23,9 @@ from hypermixer._checks import is_compiling, positive
 
 STYLES = ("sinusoidal", "idiap")
 _FINE = 64
-_KEPT_ROWS = 16_384  # a longer table is rebuilt at each call rather than kept: 1 M rows are gigabytes
+_KEPT_ROWS = (
+    16_384  # a longer table is rebuilt at each call rather than kept: 1 M rows are gigabytes
+)
 
 
 def _angular_frequency(dim: int, style: str, device: torch.device | None = None) -> Tensor:
@@ -126,7 +128,7 @@ class Sinusoidal(nn.Module):
         self.register_buffer("table", torch.empty(0, embed_dim), persistent=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Sinusoidal:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.table = self.table[:0]  # rebuilt in the new dtype, rather than rounded into it
         return self
 
@@ -137,7 +139,7 @@ class Sinusoidal(nn.Module):
             ids = torch.arange(start, end, device=x.device)
             return sinusoidal_positions(ids, self.embed_dim, self.style).to(x.dtype)
         limit = max(_KEPT_ROWS, self.initial_length)
-        how = {"device": x.device, "dtype": x.dtype}
+        how: dict[str, Any] = {"device": x.device, "dtype": x.dtype}
         if end > limit:
             return sinusoidal_table(x.shape[1], self.embed_dim, self.style, start=start, **how)
         kept = self.table.dtype == x.dtype and self.table.device == x.device
@@ -153,7 +155,9 @@ class Sinusoidal(nn.Module):
             rows = self.rows(x, start)
         else:
             rows = sinusoidal_positions(position_ids, self.embed_dim, self.style).to(x.dtype)
-        return x + rows if self.style == "sinusoidal" else torch.add(rows, x, alpha=self.input_scale)
+        return (
+            x + rows if self.style == "sinusoidal" else torch.add(rows, x, alpha=self.input_scale)
+        )
 
     def extra_repr(self) -> str:
         """Return what print(module) shows."""
@@ -195,7 +199,8 @@ class Learned(nn.Module):
             raise IndexError(
                 f"position {last} is beyond the learned table of max_length={limit} positions"
             )
-        return x + self.embedding(position_ids).to(x.dtype)
+        rows: Tensor = self.embedding(position_ids)
+        return x + rows.to(x.dtype)
 
 
 class Custom(nn.Module):
@@ -215,7 +220,8 @@ class Custom(nn.Module):
             return self.function(x)
         if position_ids is None:
             position_ids = torch.arange(start, start + x.shape[1], device=x.device)
-        return self.function(x, position_ids)
+        informed: Tensor = self.function(x, position_ids)
+        return informed
 
 
 def make_token_info(

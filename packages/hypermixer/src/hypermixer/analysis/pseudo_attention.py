@@ -60,7 +60,7 @@ def _one(
     chunk_size: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    y, pull = torch.func.vjp(lambda t: layer(t.unsqueeze(0)).squeeze(0), x)
+    y, pull = torch.func.vjp(lambda t: layer(t.unsqueeze(0)).squeeze(0), x)  # type: ignore[misc]
     outputs, width = y.shape
     per_token = width if method == "exact" else num_samples
     energy = x.new_zeros(outputs, x.shape[0])

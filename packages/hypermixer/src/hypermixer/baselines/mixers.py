@@ -27,7 +27,9 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> list[Tensor]:
         """Return query, key and value (B, H, N, f)."""
-        return [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)]
+        return [
+            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)
+        ]
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """Mix tokens; padded keys get no weight."""
@@ -111,7 +113,8 @@ class FourierMixing(nn.Module):
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """Mix tokens and channels."""
-        return torch.fft.fft2(_clear(x, padding), norm="ortho").real
+        mixed: Tensor = torch.fft.fft2(_clear(x, padding), norm="ortho").real
+        return mixed
 
 
 class StaticMixing(nn.Module):

@@ -22,7 +22,7 @@ def load_digits(
         ImportError: without scikit-learn, the extra ``data``.
     """
     try:
-        from sklearn.datasets import load_digits as load
+        from sklearn.datasets import load_digits as load  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError('the digits need scikit-learn: pip install "hypermixer[data]"') from error
     raw = load()

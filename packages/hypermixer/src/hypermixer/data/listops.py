@@ -23,7 +23,9 @@ def evaluate(operator: str, values: list[int]) -> int:
     return int(median(values)) if operator == "[MED" else sum(values) % 10
 
 
-def _grow(rng: random.Random, depth: int, max_depth: int, max_args: int, room: int) -> tuple[list[str], int]:
+def _grow(
+    rng: random.Random, depth: int, max_depth: int, max_args: int, room: int
+) -> tuple[list[str], int]:
     """Return a tree's tokens and value; give up early (tokens longer than room) on large trees."""
     if depth >= max_depth or rng.random() > _OPERATOR_PROBABILITY:
         digit = rng.randrange(10)
@@ -73,6 +75,6 @@ def make_listops(
         if min_length < len(tokens) < max_length:
             seen.setdefault(tuple(tokens), value)
     ids = torch.zeros(num_samples, max_length, dtype=torch.long)
-    for row, tokens in enumerate(seen):
-        ids[row, : len(tokens)] = torch.tensor([_INDEX[token] for token in tokens])
+    for row, expression in enumerate(seen):
+        ids[row, : len(expression)] = torch.tensor([_INDEX[token] for token in expression])
     return ids, torch.tensor(list(seen.values()))

@@ -60,9 +60,9 @@ def sample_batches(data: Sequence[Tensor], size: int, seed: int) -> Iterator[Bat
     lengths = (data[0] != 0).sum(1) if texts else None
     while True:
         order = torch.randperm(len(data[0]), generator=generator)
-        for pool in order.split(32 * size):
+        for pool in torch.split(order, 32 * size):
             pieces = pool if lengths is None else pool[lengths[pool].argsort()]
-            groups = pieces.split(size)
+            groups = torch.split(pieces, size)
             for number in torch.randperm(len(groups), generator=generator).tolist():
                 yield trim(tuple(t[groups[number]] for t in data))
 

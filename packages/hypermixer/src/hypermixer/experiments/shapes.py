@@ -103,12 +103,19 @@ def batches(scenes: ShapeScenes, size: int, seed: int) -> Iterator[Batch]:
     """Yield random batches for ever."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        for rows in torch.randperm(len(scenes.signal), generator=generator).split(size):
+        order = torch.randperm(len(scenes.signal), generator=generator)
+        for rows in torch.split(order, size):
             yield scenes.signal[rows], scenes.target[rows]
 
 
 def fit(
-    mixer: str, scenes: ShapeScenes, *, steps: int, seed: int, channels: int = 32, batch_size: int = 50
+    mixer: str,
+    scenes: ShapeScenes,
+    *,
+    steps: int,
+    seed: int,
+    channels: int = 32,
+    batch_size: int = 50,
 ) -> ShapesModel:
     """Train one model with Adam at 1e-3."""
     torch.manual_seed(seed)
