@@ -34,6 +34,12 @@ def _angular_frequency(dim: int, style: str, device: torch.device | None = None)
     return torch.exp(exponent * -math.log(10000.0))
 
 
+def _phase(dim: int, device: torch.device | None) -> Tensor:
+    """Return 0 at even features and π/2, which turns sin into cos, at odd ones."""
+    odd = torch.arange(dim, dtype=torch.float64, device=device) % 2
+    return odd * (math.pi / 2)
+
+
 def _check_style(dim: int, style: str) -> None:
     if style not in STYLES:
         raise ValueError(f"style must be 'sinusoidal' or 'idiap', got {style!r}")
@@ -65,7 +71,7 @@ def sinusoidal_positions(position_ids: Tensor, dim: int, style: str = "sinusoida
     _check_style(dim, style)
     frequency = _angular_frequency(dim, style, position_ids.device)
     positions = position_ids.to(torch.float64) + (1.0 if style == "idiap" else 0.0)
-    phase = (torch.arange(dim, device=position_ids.device) % 2) * (math.pi / 2)
+    phase = _phase(dim, position_ids.device)
     return torch.sin(positions.unsqueeze(-1) * frequency + phase)
 
 
@@ -94,7 +100,7 @@ def sinusoidal_table(
     _check_style(dim, style)
     working = torch.float64 if dtype == torch.float64 else torch.float32
     frequency = _angular_frequency(dim, style, device)
-    phase = (torch.arange(dim, device=device) % 2) * (math.pi / 2)
+    phase = _phase(dim, device)
     offset = start + (1 if style == "idiap" else 0)
     coarse = torch.arange(0, length, _FINE, device=device, dtype=torch.float64) + offset
     fine = torch.arange(_FINE, device=device, dtype=torch.float64)
