@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -17,10 +18,8 @@ for _schema in (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 ):
-    try:
+    with contextlib.suppress(RuntimeError):  # a complete torchvision has defined it
         _LIBRARY.define(_schema)
-    except RuntimeError:
-        pass  # a complete torchvision has defined it
 
 
 @pytest.fixture(autouse=True)

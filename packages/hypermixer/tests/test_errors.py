@@ -84,7 +84,7 @@ def test_tied_mixing_takes_the_same_tensor_only():
     layer(x, x)
     layer(x, x.view(2, 5, 8))  # one storage, shape and stride
     for key in (x.clone(), torch.randn(2, 5, 8), x[:, :4]):
-        with pytest.raises(ValueError, match="tied=True .* key must be the query tensor itself"):
+        with pytest.raises(ValueError, match=r"tied=True .* key must be the query tensor itself"):
             layer(x, key)
 
 

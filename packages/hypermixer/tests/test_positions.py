@@ -108,7 +108,7 @@ def test_learned_positions_have_a_limit():
     layer = HyperMixing(8, token_info="learned", max_length=6)
     with pytest.raises(IndexError, match="position 6 is beyond the learned table of max_length=6"):
         layer(torch.randn(1, 7, 8))
-    with pytest.raises(IndexError, match="position 9 .* max_length=6"):
+    with pytest.raises(IndexError, match=r"position 9 .* max_length=6"):
         layer(torch.randn(1, 2, 8), position_ids=torch.tensor([0, 9]))
 
 

@@ -64,6 +64,7 @@ class HyperMixerEncoder(nn.Module):
         layer: further arguments of :class:`HyperMixerEncoderLayer`.
 
     Example:
+        >>> import torch
         >>> HyperMixerEncoder(32, 2, nhead=4)(torch.randn(2, 9, 32)).shape
         torch.Size([2, 9, 32])
     """
@@ -94,6 +95,7 @@ class HyperMixerForSequenceClassification(nn.Module):
         ValueError: for an unknown pooling.
 
     Example:
+        >>> import torch
         >>> config = HyperMixerConfig(vocab_size=50, d_model=16, num_layers=1)
         >>> HyperMixerForSequenceClassification(config)(torch.tensor([[4, 7, 0]])).shape
         torch.Size([1, 2])

@@ -66,7 +66,7 @@ def sinusoidal_positions(position_ids: Tensor, dim: int, style: str = "sinusoida
 
     Example:
         >>> sinusoidal_positions(torch.tensor([0]), 4, "idiap").round(decimals=4).tolist()
-        [[0.8415, 0.9999, 0.0001, 1.0]]
+        [[0.8415, 1.0, 0.0001, 1.0]]
     """
     _check_style(dim, style)
     frequency = _angular_frequency(dim, style, position_ids.device)

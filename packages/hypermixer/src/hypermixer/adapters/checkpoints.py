@@ -93,10 +93,10 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is no safetensors file: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no torch checkpoint: {error}") from error
-    except Exception as error:  # unpickling errors of many kinds
-        raise ValueError(f"{path} cannot be read with weights_only=True: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # what unpickling raises on other files is of many kinds
+        raise ValueError(f"{path} is no torch checkpoint of tensors: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
@@ -120,7 +120,10 @@ def layer_sizes(path: str | Path) -> dict[str, dict[str, Any]]:
     state_dict = load_tensors(path)
     sizes = {}
     for prefix in _prefixes(state_dict):
-        rename_reference_keys(state_dict, prefix)
+        if is_reference(state_dict, prefix):
+            rename_reference_keys(state_dict, prefix)
+            if second_repeats_first(state_dict, prefix):
+                drop_second(state_dict, prefix)
         sizes[prefix.rstrip(".") or "layer"] = _sizes(state_dict, prefix)
     if not sizes:
         raise ValueError(f"{path} has no HyperMixing parameters")

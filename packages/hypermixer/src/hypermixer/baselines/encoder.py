@@ -47,6 +47,9 @@ class MixerLayer(nn.Module):
 class MixerClassifier(nn.Module):
     """Embeddings with sinusoidal positions, layers of one mixer, mean pooling, a linear head.
 
+    Pairs of texts are one sequence with segments 0 and 1; the head then sees the means a and b of the
+    two segments as [a, b, |a − b|, a·b] (Conneau et al. 2017), the same for every mixer.
+
     Args:
         mixer: name, see :func:`hypermixer.baselines.make_mixer`.
         num_classes: outputs.
@@ -58,7 +61,7 @@ class MixerClassifier(nn.Module):
         dim_feedforward: hidden units of the feature mixing; 0 leaves it out.
         hidden_dim: d' of token-mixing MLPs.
         num_heads: of attention and of HyperMixing.
-        num_segments: segment embeddings, for pairs of texts.
+        pairs: the inputs are pairs of texts, with segments.
         dropout: probability.
     """
 
@@ -75,7 +78,7 @@ class MixerClassifier(nn.Module):
         dim_feedforward: int = 128,
         hidden_dim: int | None = None,
         num_heads: int = 1,
-        num_segments: int = 0,
+        pairs: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -84,7 +87,7 @@ class MixerClassifier(nn.Module):
             self.embed = nn.Embedding(vocab_size, embed_dim, padding_idx=0)
         else:
             self.embed = nn.Linear(num_features, embed_dim)
-        self.segments = nn.Embedding(num_segments, embed_dim) if num_segments else None
+        self.segments = nn.Embedding(2, embed_dim) if pairs else None
         self.positions = Sinusoidal(embed_dim)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
@@ -103,7 +106,7 @@ class MixerClassifier(nn.Module):
             for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.head = nn.Linear(4 * embed_dim if pairs else embed_dim, num_classes)
 
     def forward(
         self, tokens: Tensor, segments: Tensor | None = None, padding: Tensor | None = None
@@ -118,11 +121,22 @@ class MixerClassifier(nn.Module):
         for layer in self.layers:
             x = layer(x, padding)
         x = self.norm(x)
-        if padding is None:
-            return self.head(x.mean(1))  # type: ignore[no-any-return]
-        x = x.masked_fill(padding.unsqueeze(-1), 0.0)
-        count = (~padding).sum(1, keepdim=True).clamp(min=1)
-        return self.head(x.sum(1) / count)  # type: ignore[no-any-return]
+        if self.segments is None or segments is None:
+            return self.head(_mean(x, padding))  # type: ignore[no-any-return]
+        a, b = (_mean(x, _or(padding, segments != side)) for side in (0, 1))
+        return self.head(torch.cat([a, b, (a - b).abs(), a * b], -1))  # type: ignore[no-any-return]
+
+
+def _or(padding: Tensor | None, other: Tensor) -> Tensor:
+    return other if padding is None else padding | other
+
+
+def _mean(x: Tensor, padding: Tensor | None) -> Tensor:
+    """Return the mean over the tokens that are not padding (B, d)."""
+    if padding is None:
+        return x.mean(1)
+    kept = x.masked_fill(padding.unsqueeze(-1), 0.0)
+    return kept.sum(1) / (~padding).sum(1, keepdim=True).clamp(min=1)
 
 
 def count_parameters(model: nn.Module) -> int:

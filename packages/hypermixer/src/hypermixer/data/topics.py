@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hypermixer.data.text import build_vocabulary, encode, words
+from hypermixer.data.text import build_vocabulary, encode
+
+_RUN = 8  # words that two texts must share in a row to count as the same text
 
 
 class PairData(NamedTuple):
@@ -19,12 +22,20 @@ class PairData(NamedTuple):
 
 
 def _windows(window: int) -> list[list[list[str]]]:
+    """Return each topic's windows; text that an earlier (shorter) topic has too is left out."""
     from pydoc_data.topics import topics
 
+    seen: set[tuple[str, ...]] = set()
     cut = []
-    for name in sorted(topics):
-        text = words(topics[name])
-        pieces = [text[i : i + window] for i in range(0, len(text) - window + 1, window)]
+    for name in sorted(topics, key=lambda name: (len(topics[name]), name)):
+        text = re.findall(r"[a-z]+", topics[name].lower())
+        runs = [tuple(text[i : i + _RUN]) for i in range(len(text))]
+        pieces = [
+            text[i : i + window]
+            for i in range(0, len(text) - window + 1, window)
+            if sum(run in seen for run in runs[i : i + window]) < window // 8
+        ]
+        seen.update(runs)
         if len(pieces) >= 5:  # at least two for training and two for testing, after the split
             cut.append(pieces)
     return cut
@@ -40,7 +51,8 @@ def make_topic_pairs(
 ) -> PairData:
     """Draw pairs of windows from ``pydoc_data.topics``, half of them from one topic.
 
-    Windows do not overlap, and the windows of the test pairs (two in five of each topic) are in no
+    Tokens are words. Topics that quote each other are cleaned of the common text. Windows do not
+    overlap, and the windows of the test pairs (two in five of each topic) are in no
     training pair. The vocabulary is that of the training windows.
 
     Args:

@@ -56,7 +56,7 @@ def _topics(seed: int, data_dir: Path | None) -> Loaded:
         "num_classes": 2,
         "vocab_size": len(data.vocabulary),
         "max_length": 96,
-        "num_segments": 2,
+        "pairs": True,
         "dropout": 0.1,
     }
     return data.train, data.test, options
@@ -89,7 +89,7 @@ LOADERS = {
 STEPS = {
     "digits": 600,
     "listops": 600,
-    "topics-pair": 300,
+    "topics-pair": 1000,
     "sst2": 700,
     "agnews": 300,
     "trec": 400,

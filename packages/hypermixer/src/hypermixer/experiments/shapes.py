@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -89,7 +90,8 @@ def twin_mass(model: ShapesModel, scenes: ShapeScenes, count: int = 10) -> float
     for i in range(count):
         with torch.no_grad():
             tokens = model.features(scenes.signal[i : i + 1])
-        energy = pseudo_attention(model.mixer, tokens)[0]
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            energy = pseudo_attention(model.mixer, tokens)[0]
         for shape in range(4):
             own = scenes.support[i, shape]
             twin = scenes.support[i, int(scenes.twin[i, shape])]

@@ -46,9 +46,9 @@ def run(
     *,
     seeds: int = 1,
     mixers: Sequence[str] = MIXERS,
-    steps: int = 150,
+    steps: int = 250,
     num_samples: int = 20,
-    task: str = "topics-pair",
+    task: str = "listops",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train random configurations: learning rate 10^U(−4, −2), dropout U(0, 0.3), 1 or 2 layers.
