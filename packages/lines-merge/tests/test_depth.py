@@ -406,22 +406,33 @@ class TestRealModels:
             (transformers.LlamaConfig(num_hidden_layers=11, **tiny), {"layers": 11}),
             (transformers.BertConfig(num_hidden_layers=3, **tiny), {"encoder.layer": 3}),
             (transformers.GPT2Config(n_layer=3, n_embd=32, n_head=2), {"h": 3}),
-            (transformers.ConvNextConfig(depths=[1, 1, 3, 1]), {"encoder.stages": 6}),
-            (transformers.ResNetConfig(depths=[1, 2, 2, 1]), {"encoder.stages": 6}),
-            (transformers.SwinConfig(depths=[2, 2, 2, 2]), {"encoder.layers": 8}),
+            (
+                transformers.ConvNextConfig(depths=[1, 1, 3, 1], hidden_sizes=[8] * 4),
+                {"encoder.stages": 6},
+            ),
+            (
+                transformers.ResNetConfig(depths=[1, 2, 2, 1], hidden_sizes=[8] * 4),
+                {"encoder.stages": 6},
+            ),
+            (
+                transformers.SwinConfig(depths=[2] * 4, embed_dim=8, num_heads=[1] * 4),
+                {"encoder.layers": 8},
+            ),
             (
                 transformers.T5Config(num_layers=2, num_decoder_layers=3, d_model=32, d_ff=32),
                 {"encoder": 2, "decoder": 3},
             ),
-            (transformers.CLIPConfig(), {"text": 12, "image": 12}),
+            (
+                transformers.CLIPConfig(text_config=tiny, vision_config=tiny),
+                {"text": 12, "image": 12},
+            ),
             (
                 transformers.MixtralConfig(num_hidden_layers=3, num_key_value_heads=2, **tiny),
                 {"layers": 3},
             ),
         ]
         for config, towers in cases:
-            with torch.device("meta"):
-                model = transformers.AutoModel.from_config(config)
+            model = transformers.AutoModel.from_config(config)
             assert lm.DepthMap.from_model(model).towers == towers, type(config).__name__
 
     def test_timm(self, torchvision_operators: None) -> None:
@@ -435,8 +446,7 @@ class TestRealModels:
             "efficientnet_b0": {"blocks": 16},
         }
         for name, towers in cases.items():
-            with torch.device("meta"):
-                model = timm.create_model(name)
+            model = timm.create_model(name)
             assert lm.DepthMap.from_model(model).towers == towers, name
 
     def test_torchvision(self, torchvision_operators: None) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,33 @@ def test_result_opens_in_transformers(tmp_path: Path, torchvision_operators: Non
     expected = lm.merge(paths[0], paths[1:], "ties", **options)
     for name, value in expected.items():
         assert torch.equal(merged.state_dict()[name], value)
+
+
+def test_a_head_that_the_config_ties_is_written_once(tmp_path: Path) -> None:
+    base = make_state()
+    embed = {"embed_tokens.weight": base.pop("embed.weight")}
+    tied = {**base, **embed, "lm_head.weight": embed["embed_tokens.weight"].clone()}
+    tuned = make_finetuned(tied, 1)
+    expected = lm.edit(
+        {**base, **embed}, {n: v for n, v in tuned.items() if "lm_head" not in n}, 0.5
+    )
+    for number, (start, end) in enumerate(
+        [
+            (tied, tuned),
+            ({**base, **embed}, tuned),
+            (tied, {n: v for n, v in tuned.items() if "lm_head" not in n}),
+        ]
+    ):
+        folders = [
+            write(tmp_path / f"{number}{part}", state) for part, state in (("b", start), ("m", end))
+        ]
+        with pytest.raises(lm.KeyMismatchError) if len(start) != len(end) else nullcontext():
+            lm.merge_files(folders[0], folders[1:], tmp_path / f"{number}x", progress=False)
+        for folder in folders:
+            (folder / "config.json").write_text('{"tie_word_embeddings": true}')
+        out = tmp_path / f"{number}out"
+        lm.merge_files(folders[0], folders[1:], out, alpha=0.5, beta=0.5, progress=False)
+        same(read(out), expected)
 
 
 def test_recipe_of_a_report_makes_the_same_bytes(family: Any, tmp_path: Path) -> None:
@@ -525,6 +553,33 @@ def test_merge_survives_a_hard_limit_of_the_kernel(large: list[Path], tmp_path: 
     assert result.returncode == 0, result.stderr
     assert result.stdout == "limited\n"
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+EDIT_IN_PLACE = """
+import re, sys, torch, lines_merge as lm
+from safetensors.torch import load_file
+def anonymous(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+base, model = sys.argv[1:]
+module = torch.nn.Module()
+module.blocks = torch.nn.ModuleList(torch.nn.Module() for _ in range(12))
+for block in module.blocks:
+    block.fc = torch.nn.Linear(2000, 2000, bias=False, dtype=torch.bfloat16)
+small = torch.nn.Sequential(torch.nn.Linear(2, 2))
+lm.edit_(small, small.state_dict(), alpha=0.5, beta=0.0)
+before = anonymous("VmRSS")
+lm.edit_(module, base, 0.5)
+print(anonymous("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_editing_in_place_needs_less_than_the_largest_tensor(large: list[Path]) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", EDIT_IN_PLACE, str(large[0]), str(large[1])]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    largest = 2000 * 2000 * 2
+    # the reading buffer of 2 MiB, the cells, and pages of the library that are touched first here
+    assert int(result.stdout) <= largest + 16 * 2**20
 
 
 def test_too_little_memory_is_refused(family: Any, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from .header import Stored, is_safetensors, read_header
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
 _WRAPPED = ("state_dict", "model_state_dict", "model")
 
 
@@ -27,7 +28,6 @@ class FileSource:
     """Safetensors files, read range by range."""
 
     on_disk = True
-    aliases: Mapping[str, str] = {}
 
     def __init__(
         self, label: str, files: Sequence[ReadFile], where: Mapping[str, int] | None
@@ -49,6 +49,7 @@ class FileSource:
         self.tensors: Mapping[str, TensorInfo] = {
             name: stored.info for name, (_, stored) in self._stored.items()
         }
+        self.aliases: Mapping[str, str] = {}
 
     def read(self, name: str, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
         """Read elements start..stop into the buffer (a new one if there is none)."""
@@ -80,7 +81,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource:
     """
     path = Path(path)
     if path.is_dir():
-        return open_checkpoint(_in_folder(path))
+        source = open_checkpoint(_in_folder(path))
+        if isinstance(source, FileSource):
+            source.aliases = _tied_head(path, source.tensors)
+        return source
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     label = str(path.parent if path.name in {*_INDEXES, *_WHOLE} else path)
@@ -112,6 +116,23 @@ def _in_folder(folder: Path) -> Path:
         return found[0]
     what = "several weight files and no index" if found else "no weight file"
     raise CheckpointError(f"{folder}: {what}; looked for {', '.join((*_INDEXES, *_WHOLE))}")
+
+
+def _tied_head(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Return {head: embedding} if the config ties them: a stored head is then a copy, or stale."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    head = tensors.get("lm_head.weight")
+    if (
+        head is None
+        or not isinstance(config, dict)
+        or config.get("tie_word_embeddings") is not True
+    ):
+        return {}
+    embeddings = [n for n, info in tensors.items() if n.endswith(_EMBEDDINGS) and info == head]
+    return {"lm_head.weight": embeddings[0]} if len(embeddings) == 1 else {}
 
 
 def _open_files(label: str, paths: Sequence[Path], where: Mapping[str, int] | None) -> FileSource:
