@@ -140,7 +140,7 @@ def test_soup_and_wise_ft_and_sweep(
 
 def test_dry_run_writes_nothing(paths: list[str], tmp_path: Path, capsys: Any) -> None:
     assert run("merge", *paths, "-o", tmp_path / "a", "--method", "ties", "--dry-run") == 0
-    assert "passes       4 (statistics 1, statistics 2, norms, write)" in capsys.readouterr().out
+    assert "passes       3 (statistics 1, norms, write)" in capsys.readouterr().out
     assert run("merge", *paths, "-o", tmp_path / "a", "--dry-run", "--json") == 0
     assert json.loads(capsys.readouterr().out)["passes"] == ["write"]
     assert not (tmp_path / "a").exists()

@@ -138,7 +138,7 @@ def test_thirty_random_shardings_give_the_same_tensors_and_alpha(tmp_path: Path)
             "ties",
             density=0.3,
             threads=rng.randint(1, 3),
-            max_memory=rng.choice(["70MiB", "100MiB", "1GiB"]),
+            max_memory=rng.choice(["72MiB", "100MiB", "1GiB"]),
             shard_size=rng.choice(["10kB", "300kB", "5GB"]),
             progress=False,
         )
@@ -631,8 +631,8 @@ def test_plan_counts_passes_and_bytes(family: Any) -> None:
         ("consensus", ()): ("norms", "write"),
         ("consensus", (("alpha", 0.5),)): ("write",),
         ("ties", (("scope", "tensor"),)): ("statistics 1", "norms", "write"),
-        ("ties", ()): ("statistics 1", "statistics 2", "norms", "write"),
-        ("ties", (("alpha", 0.5),)): ("statistics 1", "statistics 2", "write"),
+        ("ties", ()): ("statistics 1", "norms", "write"),
+        ("ties", (("alpha", 0.5),)): ("statistics 1", "write"),
         ("ties", (("density", 1.0), ("alpha", 0.5))): ("write",),
     }
     for (method, arguments), passes in cases.items():
@@ -647,7 +647,7 @@ def test_report_counts_what_was_read(family: Any, tmp_path: Path) -> None:
     _, base, paths = family
     plan = lm.plan_files(base, paths, "consensus")
     report = lm.merge_files(
-        base, paths, tmp_path / "out", "consensus", max_memory="64MiB", progress=False
+        base, paths, tmp_path / "out", "consensus", max_memory="72MiB", progress=False
     )
     integers = 8  # copied once, in the writing pass
     assert report.passes == 2
@@ -697,7 +697,7 @@ def test_passes_hit_memory_where_the_inputs_fit(
     report = lm.merge_files(
         base, paths, tmp_path / "out", "ties", max_memory="1GiB", threads=1, progress=False
     )
-    assert report.passes >= 4
+    assert report.passes >= 3
     assert read_bytes < 1.2 * report.bytes_read / report.passes
 
 

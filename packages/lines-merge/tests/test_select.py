@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lines_merge as lm
+from lines_merge import bracket
+from lines_merge import select as select_module
 from lines_merge.cells import CELL
 from lines_merge.engine import Engine
 from lines_merge.select import cuts, keep_count
@@ -116,6 +118,70 @@ def _applied(cut: object, start: int, part: torch.Tensor) -> torch.Tensor:
     part = part.clone()
     cut.apply("t0", start, part)  # type: ignore[attr-defined]
     return part
+
+
+def check_against_sorting(values: torch.Tensor, keep: int) -> None:
+    (cut,) = cuts(engine(values), [keep])
+    kept = torch.cat(
+        [
+            _applied(cut, start, part)
+            for start, part in zip(range(0, len(values), CELL), values.split(CELL), strict=True)
+        ]
+    )
+    order = np.argsort(-values.abs().numpy(), kind="stable")[:keep]
+    expected = torch.zeros_like(values)
+    expected[order] = values[order]
+    assert torch.equal(kept, expected)
+
+
+@pytest.fixture
+def radix_used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    used: list[bool] = []
+    real = select_module._Search.kth
+
+    def kth(*arguments: object) -> object:
+        used.append(True)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(select_module._Search, "kth", kth)
+    return used
+
+
+def large(kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(3 * CELL + 100, generator=generator)
+    if kind == "misleading":  # the sampled head of every cell is unlike the rest
+        for start in range(0, len(values), CELL):
+            values[start : start + CELL // bracket.SAMPLE] *= 1e-3
+    elif kind == "ties":
+        values = (4 * values).round() / 4
+    return values
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "misleading"])
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.9])
+def test_a_bracket_is_enough_unless_the_sample_misleads(
+    radix_used: list[bool], kind: str, share: float
+) -> None:
+    values = large(kind)
+    check_against_sorting(values, int(share * len(values)))
+    # the bracket of a very small share is wide enough for anything
+    assert bool(radix_used) == (kind == "misleading" and share > 0.001)
+
+
+@pytest.mark.parametrize("kind", ["random", "ties"])
+def test_a_bracket_with_more_elements_than_are_remembered(
+    radix_used: list[bool], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = large(kind)
+    keep = int(0.2 * len(values))
+    monkeypatch.setattr(bracket, "KEPT", 1000)
+    monkeypatch.setattr(bracket, "WIDEST", 1 << 22)
+    check_against_sorting(values, keep)
+    assert not radix_used  # counted in a histogram
+    monkeypatch.setattr(bracket, "WIDEST", 1 << 10)
+    check_against_sorting(values, keep)
+    assert radix_used  # too wide for a histogram
 
 
 def test_mixed_precision_ranks_all_entries_together() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .sources import TensorInfo
 
-CELL = 32_768
+CELL = 65_536
 """Elements of a cell: a few float32 buffers of it fit the second-level cache."""
 
 

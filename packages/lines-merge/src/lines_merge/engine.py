@@ -20,26 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .align import align
 from .cells import CELL, Cell, CellFunction, Entry, Worker
 from .errors import (
-    KeyMismatchError,
     NonFiniteError,
-    ShapeMismatchError,
-    SkippedTensorsWarning,
     UnrelatedBaseWarning,
 )
-from .sources import FLOAT8, FLOATS, TensorInfo, TensorSource, check_dtype
+from .sources import TensorSource
 
 _SAMPLE = 16  # one cell in 16 enters the check that models and base belong together
-_EMBEDDING = {
-    "embed_tokens",
-    "tok_embeddings",
-    "word_embeddings",
-    "token_embedding",
-    "wte",
-    "shared",
-}
-_EMBEDDING |= {"lm_head", "embed_in", "embed_out"}
 
 
 class Sink(Protocol):
@@ -60,6 +49,23 @@ class _Job:
     start: int
     stop: int
     check: bool
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Let torch use one thread in each of ours: the chunks are the parallelism.
+
+    Setting the number makes torch renew its thread pool, so a merge does it once, around all its passes.
+    """
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Engine:
@@ -88,22 +94,22 @@ class Engine:
         vocab: str | None = None,
         dtype: torch.dtype | None = None,
         allow_nonfinite: bool = False,
-        chunk: int = 32 * CELL,
+        chunk: int = 16 * CELL,
         threads: int = 0,
         cache: int = 0,
         depth: Mapping[str, float] | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        if vocab not in {None, "base"}:
-            raise ValueError(f"vocab must be None or 'base', got {vocab!r}")
         self.base, self.models, self.keys = base, list(models.values()), list(models)
-        self.dtype, self.chunk, self.threads, self.cache = dtype, chunk, threads, cache
+        self.threads = threads or torch.get_num_threads()
+        self.dtype, self.chunk, self.cache = dtype, chunk, cache
         self.allow_nonfinite = allow_nonfinite
         self.depth: Mapping[str, float] = depth or {}
         self.on_progress = on_progress
-        self.skipped: dict[str, list[str]] = {}
-        self.extra: dict[str, list[str]] = {}
-        self.entries = self._align(strict, vocab)
+        aligned = align(
+            base, self.models, strict=strict, vocab=vocab, dtype_given=dtype is not None
+        )
+        self.entries, self.skipped, self.extra = aligned.entries, aligned.skipped, aligned.extra
         self.bytes_read = 0
         self.passes = 0
         self._checked: set[str] = set()
@@ -111,59 +117,6 @@ class Engine:
         self._loaded: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
         self._squares = np.zeros(len(self.models) + 1)
-
-    def _align(self, strict: bool, vocab: str | None) -> dict[str, Entry]:
-        """Compare names, shapes and dtypes; return the entries sorted by name."""
-        wanted = self.base.tensors
-        for source in [self.base, *self.models]:
-            for name, info in source.tensors.items():
-                check_dtype(name, info, source.label, dtype_given=self.dtype is not None)
-        for source in self.models:
-            # a tied tensor may be stored under one of its names only
-            missing = [n for n in wanted if n not in source.tensors and n not in self.base.aliases]
-            extra = [n for n in source.tensors if n not in wanted and n not in source.aliases]
-            if strict and (missing or extra):
-                raise KeyMismatchError(
-                    f"{source.label} does not have the tensors of the base: "
-                    f"missing {_some(missing)}; extra {_some(extra)}; "
-                    "strict=False keeps base values for the missing and drops the extra ones"
-                )
-            if missing:
-                self.skipped[source.label] = missing
-            if extra:
-                self.extra[source.label] = extra
-        if self.skipped:
-            text = "; ".join(f"{label}: {_some(names)}" for label, names in self.skipped.items())
-            warnings.warn(f"kept from the base: {text}", SkippedTensorsWarning, stacklevel=5)
-        absent = {name for names in self.skipped.values() for name in names}
-        return {
-            name: self._entry(name, wanted[name], vocab, absent=name in absent)
-            for name in sorted(wanted)
-            if name not in self.base.aliases
-        }
-
-    def _entry(self, name: str, info: TensorInfo, vocab: str | None, *, absent: bool) -> Entry:
-        if absent:
-            return Entry(name, info, merged=False)
-        limits = []
-        for source in self.models:
-            other = source.tensors[name]
-            limits.append(info.numel)
-            if other.shape == info.shape:
-                continue
-            rows_only = (
-                vocab == "base"
-                and len(info.shape) == len(other.shape) == 2
-                and info.shape[1] == other.shape[1]
-                and any(part in _EMBEDDING for part in name.split("."))
-            )
-            if not rows_only:
-                raise ShapeMismatchError(
-                    f"{name!r} has shape {info.shape} in {self.base.label} and {other.shape} in "
-                    f"{source.label}; vocab='base' accepts embeddings with other numbers of rows"
-                )
-            limits[-1] = min(info.numel, other.numel)
-        return Entry(name, info, info.dtype in FLOATS + FLOAT8, tuple(limits))
 
     @property
     def num_models(self) -> int:
@@ -194,11 +147,17 @@ class Engine:
 
     # Passes
 
-    def scan(self, function: CellFunction, names: Iterable[str] | None = None) -> None:
-        """Call `function` on every cell of the named tensors (default: all), from several threads."""
+    def scan(
+        self, function: CellFunction, names: Iterable[str] | None = None, *, sample: int = 1
+    ) -> None:
+        """Call `function` on every cell of the named tensors (default: all), from several threads.
+
+        With `sample` above 1 it sees the first n-th of every cell only.
+        """
         entries = self.merged() if names is None else [self.entries[name] for name in names]
-        self.passes += names is None
-        self._run(entries, lambda job, worker: self._scan_job(job, worker, function))
+        self.passes += names is None and sample == 1
+        jobs = self._jobs(entries) if sample == 1 else self._samples(entries, sample)
+        self._run(jobs, lambda job, worker: self._scan_job(job, worker, function))
 
     def scan_cell(self, function: CellFunction, name: str, start: int) -> None:
         """Call `function` on the one cell of a tensor that starts there."""
@@ -216,7 +175,8 @@ class Engine:
         entries = list(self.entries.values()) if names is None else []
         entries = entries or [self.entries[name] for name in names or ()]
         self.passes += names is None
-        self._run(entries, lambda job, worker: self._write_job(job, worker, function, sinks))
+        jobs = self._jobs(entries)
+        self._run(jobs, lambda job, worker: self._write_job(job, worker, function, sinks))
 
     @contextmanager
     def hold(self, names: Iterable[str] | None = None) -> Iterator[bool]:
@@ -251,16 +211,23 @@ class Engine:
                 jobs.append(_Job(entry, start, min(total, start + self.chunk), check))
         return jobs
 
-    def _run(self, entries: Sequence[Entry], do: Callable[[_Job, Worker], None]) -> None:
-        """Work through the chunks, in this thread or in several."""
+    @staticmethod
+    def _samples(entries: Iterable[Entry], sample: int) -> list[_Job]:
+        jobs = []
+        for entry in entries:
+            for start in range(0, entry.info.numel, CELL):
+                size = min(CELL, entry.info.numel - start)
+                jobs.append(_Job(entry, start, start + -(-size // sample), check=False))
+        return jobs
+
+    def _run(self, jobs: Sequence[_Job], do: Callable[[_Job, Worker], None]) -> None:
+        """Work through the chunks, in this thread and in others."""
         queue: SimpleQueue[_Job] = SimpleQueue()
-        jobs = self._jobs(entries)
         for job in jobs:
             queue.put(job)
         errors: list[BaseException] = []
 
         def work(worker: Worker) -> None:
-            torch.set_num_threads(1)  # of this thread: the chunks are the parallelism
             try:
                 while not errors:
                     do(queue.get_nowait(), worker)
@@ -269,21 +236,22 @@ class Engine:
             except BaseException as error:  # noqa: BLE001, raised again below
                 errors.append(error)
 
-        intra_op = torch.get_num_threads()
-        count = min(self.threads or intra_op, len(jobs))
+        count = min(self.threads, len(jobs))
         pool = [threading.Thread(target=work, args=(self._worker(i),)) for i in range(1, count)]
-        try:
-            for thread in pool:
-                thread.start()
-            work(self._worker(0))
-        finally:
-            for thread in pool:
-                thread.join()
-            torch.set_num_threads(intra_op)
+        with one_thread_each():
+            try:
+                for thread in pool:
+                    thread.start()
+                work(self._worker(0))
+            finally:
+                for thread in pool:
+                    thread.join()
         if errors:
             raise errors[0]
-        self._checked.update(entry.name for entry in entries)
-        self._warn_unrelated()
+        checked = {job.entry.name for job in jobs if job.check}
+        if checked:
+            self._checked |= checked
+            self._warn_unrelated()
 
     def _worker(self, index: int) -> Worker:
         workers: list[Worker] = self.__dict__.setdefault("_workers", [])
@@ -299,13 +267,18 @@ class Engine:
         sources = [self.base, *self.models] if entry.merged else [self.base]
         buffers = self._buffers(entry, sources, worker, size)
         rows: list[Tensor] = []
+        chunk = (entry.name, job.start // self.chunk * self.chunk)
+        end = min(chunk[1] + self.chunk, entry.info.numel)
+        whole = (job.start, job.stop) == (chunk[1], end)
         for index, source in enumerate(sources):
             held = self._held.get((index, entry.name))
+            if chunk not in self._loaded and not whole:
+                held = None  # a sample, before the tensor has been read
             stop = job.stop if index == 0 or not entry.limits else entry.limits[index - 1]
             stop = min(stop, job.stop)
             if held is not None:
                 row = held[job.start : job.stop]
-                if (entry.name, job.start) not in self._loaded:
+                if chunk not in self._loaded:
                     source.read(entry.name, job.start, job.stop, row)
             else:
                 row = source.read(entry.name, min(job.start, stop), stop, buffers[index])
@@ -314,9 +287,9 @@ class Engine:
                 row = torch.cat([row, tail])
             rows.append(row)
             self._count(row.numel() * row.element_size())
-        if self._held and (0, entry.name) in self._held:
+        if whole and (0, entry.name) in self._held:
             with self._lock:
-                self._loaded.add((entry.name, job.start))
+                self._loaded.add(chunk)
         return rows
 
     def _buffers(
@@ -434,8 +407,3 @@ def _as_matrix(rows: Sequence[Tensor]) -> Tensor | None:
         if not same or row.storage_offset() != first.storage_offset() + index * step:
             return None
     return first.as_strided((len(rows), first.numel()), (step, 1))
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:10])
-    return f"[{shown}{', ...' if len(names) > 10 else ''}] ({len(names)})"

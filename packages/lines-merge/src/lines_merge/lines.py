@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .cells import Cell, Entry, Sums, Worker, magnitude_sum
 from .depth import DepthMap
-from .engine import Engine
+from .engine import Engine, one_thread_each
 from .families import strip_wrappers
 from .merges import Merge, TaskArithmetic, make_merge
 from .scaling import Scaling, norm_ratio, prepare, zero_vector
@@ -70,10 +70,11 @@ def run_in_memory(
 ) -> dict[str, Tensor]:
     """Merge into a state dict with the order, the ties and the integer tensors of the base."""
     engine = Engine(base, models, **engine_arguments)
-    plan = prepare(engine, method, scaling)
     names = [entry.name for entry in engine.merged()]
-    sink = MemorySink(engine, out)
-    plan.write([sink], [scaling.factors(names, plan.alpha)])
+    with one_thread_each():
+        plan = prepare(engine, method, scaling)
+        sink = MemorySink(engine, out)
+        plan.write([sink], [scaling.factors(names, plan.alpha)])
     tensors = sink.tensors
     if device is not None:
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}

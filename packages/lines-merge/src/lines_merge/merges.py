@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,15 +31,20 @@ class Stats(Protocol):
         """Number of models."""
         ...
 
-    def scan(self, function: CellFunction, names: Iterable[str] | None = None) -> None:
-        """Call a function on every cell, from several threads; sums must not depend on the order."""
+    def scan(
+        self, function: CellFunction, names: Sequence[str] | None = None, *, sample: int = 1
+    ) -> None:
+        """Call a function on every cell, from several threads; sums must not depend on the order.
+
+        With `sample` above 1 it sees the first n-th of every cell only.
+        """
         ...
 
     def scan_cell(self, function: CellFunction, name: str, start: int) -> None:
         """Call a function on the one cell of a tensor that starts there."""
         ...
 
-    def hold(self, names: Iterable[str] | None = None) -> AbstractContextManager[bool]:
+    def hold(self, names: Sequence[str] | None = None) -> AbstractContextManager[bool]:
         """Keep the inputs of some tensors in memory between passes, if there is room."""
         ...
 
@@ -239,8 +244,8 @@ class Trim:
 
     @property
     def passes(self) -> int:
-        """Two histograms over all parameters; tensor by tensor, one reading if the tensor fits."""
-        return 0 if self.density == 1 else 2 if self.scope == "global" else 1
+        """One, after a sample of the parameters; a sample that misleads takes two more."""
+        return int(self.density < 1)
 
     def prepare(self, stats: Stats) -> None:
         """Find the cuts."""

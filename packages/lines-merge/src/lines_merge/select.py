@@ -1,8 +1,9 @@
-"""Exact order statistics of magnitudes by radix histograms, without holding the vector.
+"""Exact order statistics of magnitudes by histograms of bit patterns, without holding the vector.
 
-The bit pattern of a non-negative IEEE float grows with its value, so the k-th largest magnitude is found
-16 bits at a time: a histogram of the leading 16 bits over the whole vector, then one of the next 16 bits
-inside the chosen bin, and so on (two passes for float32, four for float64).
+The bit pattern of a non-negative IEEE float grows with its value. For float32 one pass is enough where a
+sample brackets the k-th largest magnitude (`bracket`). Otherwise it is found 16 bits at a time: a histogram
+of the leading 16 bits over the whole vector, then one of the next 16 bits inside the chosen bin, and so on
+(two passes for float32, four for float64).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import bracket
 from .cells import Cell, CellFunction, Entry
 
 _BINS = 1 << 16
@@ -29,8 +31,10 @@ class Scanner(Protocol):
 
     entries: dict[str, Entry]
 
-    def scan(self, function: CellFunction, names: Iterable[str] | None = None) -> None:
-        """Call the function on every cell."""
+    def scan(
+        self, function: CellFunction, names: Sequence[str] | None = None, *, sample: int = 1
+    ) -> None:
+        """Call the function on every cell, or on the first part of every cell."""
         ...
 
     def scan_cell(self, function: CellFunction, name: str, start: int) -> None:
@@ -122,16 +126,23 @@ def cuts(
     result = [Cut(math.inf) if rank <= 0 else Cut(0.0) for rank in ranks]
     if not active:
         return result
-    patterns, quotas, equals = search.kth([ranks[t] for t in active], active)
-    values = [_value(pattern, wide) for pattern in patterns]
+    chosen_ranks = [ranks[t] for t in active]
+    found = None
+    if not wide:
+        found = bracket.select(
+            scanner, chosen_ranks, active, numel, names=names, transform=transform
+        )
+    if found is None:
+        found = search.kth(chosen_ranks, active)
+    quotas, equals = found.quotas, found.equals
+    values = [_value(pattern, wide) for pattern in found.patterns]
     split = [
         t
         for t, quota, equal, value in zip(active, quotas, equals, values, strict=True)
         if quota < equal and not keep_ties and value != 0
     ]
-    lasts = search.locate(
-        {t: (values[active.index(t)], quotas[active.index(t)]) for t in split} if split else {}
-    )
+    wanted = {t: (values[active.index(t)], quotas[active.index(t)]) for t in split}
+    lasts = search.locate(wanted, found.ties) if wanted else {}
     for t, value in zip(active, values, strict=True):
         result[t] = Cut(value, lasts.get(t))
     return result
@@ -164,12 +175,8 @@ class _Search:
             magnitude = torch.abs(values, out=cell.scratch(0))
             yield task, magnitude.double() if self._bits == 64 else magnitude
 
-    def kth(
-        self, ranks: Sequence[int], tasks: Sequence[int]
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Return, for each task, the pattern of its rank-th largest magnitude, and the number of entries
-        equal to it that belong to the `rank` largest, and that exist.
-        """
+    def kth(self, ranks: Sequence[int], tasks: Sequence[int]) -> bracket.Found:
+        """Select by radix."""
         prefixes = [0] * len(tasks)
         quotas = list(ranks)
         counts = np.zeros((len(tasks), _BINS), dtype=np.int64)
@@ -198,12 +205,14 @@ class _Search:
                 quotas[row] = quota - int(from_top[reverse] - counts[row, digit])
                 prefixes[row] = prefixes[row] << 16 | digit
         equals = [int(counts[row, prefix & (_BINS - 1)]) for row, prefix in enumerate(prefixes)]
-        return prefixes, quotas, equals
+        return bracket.Found(prefixes, quotas, equals, None)
 
-    def locate(self, wanted: dict[int, tuple[float, int]]) -> dict[int, tuple[str, int]]:
+    def locate(
+        self, wanted: dict[int, tuple[float, int]], ties: bracket.Ties | None
+    ) -> dict[int, tuple[str, int]]:
         """Return where the quota-th entry of magnitude `value` lies, for {task: (value, quota)}."""
-        tables: dict[tuple[int, str], dict[int, int]] = {}
         tasks = sorted(wanted)
+        tables: bracket.Ties = ties or {}
 
         def count(cell: Cell) -> None:
             for task, magnitude in self._magnitudes(cell, tasks):
@@ -212,7 +221,7 @@ class _Search:
                     with self._lock:
                         tables.setdefault((task, cell.name), {})[cell.start] = number
 
-        if tasks:
+        if ties is None:
             self._scanner.scan(count, self._names)
         found: dict[int, tuple[str, int]] = {}
         for task in tasks:

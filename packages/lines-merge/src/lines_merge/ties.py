@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,8 +77,8 @@ class Ties(BaseMerge):
         def measure(cell: Cell) -> None:
             total = magnitude_sum(add_up(cell.deltas, cell.scratch(0)), norm, cell.scratch(1))
             values, weights = self._trimmed(cell)
-            elected, cancels = self._elect(values, cell)
-            merged = self._disjoint(values, weights, elected, 1, cell)
+            elected = add_up(values, cell.scratch(2))
+            merged, cancels = self._record(values, weights, elected, cell)
             plus = minus = 0.0
             measured = magnitude_sum(merged, norm, cell.scratch(4))
             if cancels:
@@ -97,7 +98,12 @@ class Ties(BaseMerge):
 
     def settle(self, stats: Stats) -> None:
         """Find the majority sign in a pass of its own."""
-        stats.scan(lambda cell: void(self._elect(self._trimmed(cell)[0], cell)))
+
+        def look(cell: Cell) -> None:
+            values, weights = self._trimmed(cell)
+            self._record(values, weights, add_up(values, cell.scratch(2)), cell)
+
+        stats.scan(look)
         self.unresolved()
 
     def unresolved(self) -> list[str]:
@@ -110,36 +116,43 @@ class Ties(BaseMerge):
     def __call__(self, base: Tensor, deltas: Tensor, ctx: Cell) -> Tensor:
         """Trim, elect, merge."""
         values, weights = self._trimmed(ctx)
-        if self._majority is None:
-            elected, _ = self._elect(values, ctx)
-            return self._disjoint(values, weights, elected, 1, ctx)
         elected = add_up(values, ctx.scratch(2))
+        if self._majority is None:
+            return self._record(values, weights, elected, ctx)[0]
         return self._disjoint(values, weights, elected, self._majority, ctx)
 
     def _trimmed(self, ctx: Cell) -> tuple[Tensor, list[float]]:
         self.trim(ctx.deltas, ctx)
         return ctx.deltas, apply_weights(self.weights, ctx.deltas, ctx)
 
-    def _elect(self, values: Tensor, ctx: Cell) -> tuple[Tensor, bool]:
-        """Return the sum of the rows and whether it cancels anywhere; count signs for the majority."""
-        total = add_up(values, ctx.scratch(2))
-        signs = torch.sign(total, out=ctx.scratch(3))
-        balance = int(signs.sum())
-        signed = int(signs.abs_().sum())
-        size = torch.abs(values[0], out=ctx.scratch(3))
-        for row in values[1:]:
-            size.add_(torch.abs(row, out=ctx.scratch(4)))
-        cancels = int(size.sign_().sum()) > signed
+    def _record(
+        self, values: Tensor, weights: list[float], elected: Tensor, ctx: Cell
+    ) -> tuple[Tensor, bool]:
+        """Merge as if the majority were positive; count signs; return whether a sum cancels anywhere.
+
+        Where nothing cancels, a zero sum means that nothing was kept, and the merged entry is zero, too.
+        """
+        merged = self._agreeing(values, weights, elected, 1, ctx)
+        zeros = int(np.count_nonzero(elected.numpy() == 0))
+        cancels = int(np.count_nonzero(merged.numpy() == 0)) < zeros
+        signs = int(ctx.scratch(3).sum().item()) - zeros
         with self._lock:
-            self._signs += balance
+            self._signs += signs
             if cancels:
                 self._open.add(ctx.name)
-        return total, cancels
+        return self._signed(merged, weights, elected, 1, ctx), cancels
 
     def _disjoint(
         self, values: Tensor, weights: list[float], elected: Tensor, majority: int, ctx: Cell
     ) -> Tensor:
-        """Merge the entries that have the elected sign; `majority` decides where `elected` is zero.
+        """Merge the entries that have the elected sign; `majority` decides where `elected` is zero."""
+        merged = self._agreeing(values, weights, elected, majority, ctx)
+        return self._signed(merged, weights, elected, majority, ctx)
+
+    def _agreeing(
+        self, values: Tensor, weights: list[float], elected: Tensor, majority: int, ctx: Cell
+    ) -> Tensor:
+        """Add up (or take the maximum of) the magnitudes of the entries that have the elected sign.
 
         With s the elected sign, s * tau is positive for the entries that are kept, so that clamping at
         zero drops the others. Adding +0 turns a sum of -0 into +0 before its sign is taken.
@@ -164,16 +177,19 @@ class Ties(BaseMerge):
                     hit.mul_(abs(weight))
                 if index:
                     count.add_(hit)
+        return merged
+
+    def _signed(
+        self, merged: Tensor, weights: list[float], elected: Tensor, majority: int, ctx: Cell
+    ) -> Tensor:
+        """Turn the sum into the mean where that is asked for, and give it its sign back."""
+        sign, count = ctx.scratch(3), ctx.scratch(1)
         if self.merge == "mean":
             least = min((abs(weight) for weight in weights if weight), default=1.0)
             merged.div_(count.clamp_min_(least))
         if self.merge == "max" and majority == 0:
             sign.mul_(elected != 0)
         return merged.mul_(sign)
-
-
-def void(_: object) -> None:
-    """Drop a value."""
 
 
 def tall_mask(delta: Tensor, merged: Tensor, threshold: float, out: Tensor) -> Tensor:

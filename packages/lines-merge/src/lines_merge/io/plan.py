@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..bracket import KEPT, WIDEST
 from ..cells import CELL
 from ..engine import Engine
 from ..merges import Merge
@@ -20,7 +21,7 @@ for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[f"{_letter}ib"] = 1024**_power
 _MIB = 2**20
 _MARGIN = 24 * _MIB  # allocator slack, headers, threads' stacks
-_LARGEST_CHUNK = 32 * CELL
+_LARGEST_CHUNK = 16 * CELL
 
 
 def parse_size(size: int | str, name: str) -> int:
@@ -71,11 +72,12 @@ def plan_memory(
         raise ValueError(f"threads must be at least 1, got {threads!r}")
     wish = threads or min(4, _cores())
     compute = max(width, 4)
-    histograms = (models + 2) * 65536 * 8 * 3
+    # of one selection for each model: histograms of both kinds, and elements kept to find ties
+    selection = (models + 1) * (WIDEST * 8 + KEPT * 12 + 65536 * 8 * 3)
 
     def need(count: int, chunk: int) -> int:
         cells = CELL * compute * (3 * models + 24)
-        return _MARGIN + histograms + count * (cells + chunk * width * (models + 1 + outputs))
+        return _MARGIN + selection + count * (cells + chunk * width * (models + 1 + outputs))
 
     options = [
         (count, chunk)
@@ -126,7 +128,8 @@ class MergePlan:
     """What `merge_files` would do.
 
     Attributes:
-        passes: names of the data passes, the last one writes. A threshold among equal magnitudes adds one.
+        passes: names of the data passes, the last one writes. A sample that misleads, or too many equal
+            magnitudes at a threshold, add some.
         bytes_per_pass: bytes that each pass reads.
         bytes_written: bytes of all results.
         peak_memory: bytes above the interpreter that the engine may hold.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from ..depth import DepthMap
-from ..engine import Engine
+from ..engine import Engine, one_thread_each
 from ..merges import Merge, make_merge
 from ..scaling import Scaling, prepare
 from ..schedule import Outside, check_finite
@@ -306,7 +306,7 @@ def _write(
     """Run the passes, write every result under a temporary name, rename."""
     engine = job.engine
     names = [entry.name for entry in engine.merged()]
-    with engine.hold():
+    with one_thread_each(), engine.hold():
         plan = prepare(engine, job.method, job.scaling)
         tables = []
         for beta in betas:
