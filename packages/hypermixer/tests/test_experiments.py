@@ -46,7 +46,7 @@ def test_shapes_experiment():
     assert len(lines) == 2
     json.dumps(result)
     part = run_experiment(
-        "shapes", seeds=1, mixers=("attention",), steps=1, num_train=50, num_test=10
+        "shapes", seeds=1, mixers=("attention",), steps=1, num_train=50, num_test=10, looked_at=1
     )
     assert part["claims"] == []
 
@@ -54,9 +54,10 @@ def test_shapes_experiment():
 @pytest.mark.parametrize("name", ["digits", "topics-pair"])
 def test_classification_experiments(name):
     mixers = ("hypermixer", "attention", "mlp-mixer", "fnet")
-    result = run_experiment(name, seeds=2, mixers=mixers, steps=1, fraction=0.05)
+    seeds = 2 if name == "digits" else 1
+    result = run_experiment(name, seeds=seeds, mixers=mixers, steps=1, fraction=0.05)
     assert set(result) == KEYS
-    assert len(result["runs"]) == 8
+    assert len(result["runs"]) == 4 * seeds
     counts = [row["parameters"] for row in result["summary"]]
     assert max(counts) < 1.02 * min(counts)
     texts = [c["claim"] for c in result["claims"]]

@@ -136,9 +136,13 @@ def run(
     num_train: int = 4000,
     num_test: int = 1000,
     group: str = "kind",
+    looked_at: int = 10,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Train every mixer on every seed and compare test errors with that of convolutions alone."""
+    """Train every mixer on every seed and compare test errors with that of convolutions alone.
+
+    ``looked_at`` is the number of test scenes whose pseudo-attention is taken.
+    """
     started = time.perf_counter()
     runs: list[dict[str, Any]] = []
     for seed in range(seeds):
@@ -152,7 +156,7 @@ def run(
                 "seed": seed,
                 "parameters": count_parameters(model),
                 "mse": test_error(model, held_out),
-                "twin_mass": 0.0 if mixer == "none" else twin_mass(model, held_out),
+                "twin_mass": 0.0 if mixer == "none" else twin_mass(model, held_out, looked_at),
                 "seconds": round(time.perf_counter() - begun, 1),
             }
             runs.append(row)
