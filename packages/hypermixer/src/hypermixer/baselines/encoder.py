@@ -48,7 +48,7 @@ class MixerClassifier(nn.Module):
     """Embeddings with sinusoidal positions, layers of one mixer, mean pooling, a linear head.
 
     Pairs of texts are one sequence with segments 0 and 1; the head then sees the means a and b of the
-    two segments as [a, b, |a − b|, a·b] (Conneau et al. 2017), the same for every mixer.
+    two segments as ``[a, b, |a − b|, a·b]`` (Conneau et al. 2017), the same for every mixer.
 
     Args:
         mixer: name, see :func:`hypermixer.baselines.make_mixer`.
