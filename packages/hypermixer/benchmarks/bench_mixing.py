@@ -225,7 +225,7 @@ def memory_of_training() -> dict[str, float]:
     growth = {}
     for name, options in {
         "torch path": {},
-        "torch path, no norm": {"norm": False},
+        "torch path, no positions": {"token_info": None},
         "chunked": {"chunk_size": 256},
     }.items():
         layer = HyperMixing(256, 512, 8, **options)

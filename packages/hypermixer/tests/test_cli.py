@@ -110,7 +110,8 @@ def test_train(capsys, tmp_path):
     assert content["task"] == "digits"
     assert 0 <= content["accuracy"] <= 100
     assert "layers.0.mixer.mixing.w1.fc1_weight" in torch.load(saved, weights_only=True)
-    assert main([*arguments[:-1], "--quiet"]) == 0
+    assert main([*arguments[:-1], "--quiet", "--model", "transformer"]) == 0
+    assert "transformer" in capsys.readouterr().out
 
 
 def test_module_and_import_are_light():

@@ -187,3 +187,23 @@ def test_kernels():
     g, u = torch.randn(1, 1, 3, 2), torch.randn(1, 4, 2)
     with pytest.raises(ValueError, match="algorithm must be one of"):
         functional.hyper_mix(g, u, g, u, g, algorithm="triton")
+
+
+def test_position_ids():
+    layer = HyperMixing(8)
+    for ids in (torch.arange(4), torch.zeros(3, 5, dtype=torch.long)):
+        with pytest.raises(
+            ValueError, match=r"position_ids must have shape \(5,\) or \(2, 5\), got"
+        ):
+            layer(x, position_ids=ids)
+    with pytest.raises(TypeError, match=r"position_ids must be integers, got torch\.float32"):
+        layer(x, position_ids=torch.rand(5))
+    with pytest.raises(ValueError, match="position_ids must have shape"):
+        layer(x, torch.randn(2, 7, 8), position_ids=(torch.arange(5), torch.arange(5)))
+    with pytest.raises(ValueError, match="position_ids must have shape"):
+        layer(torch.randn(5, 8), cu_seqlens=torch.tensor([0, 5]), position_ids=torch.arange(4))
+    state = layer.init_state(2)
+    with pytest.raises(ValueError, match="position_ids must have shape"):
+        layer.write(state, x, position_ids=torch.arange(4))
+    with pytest.raises(ValueError, match="position_ids must have shape"):
+        layer.read(state, x, position_ids=torch.arange(4))

@@ -108,6 +108,8 @@ def test_cross_mixing_with_both_masks(chunk_size):
     query_mask = torch.tensor([[False, False, True], [False] * 3])
     q[0, 2], k[0, 2:] = float("nan"), float("inf")
     y = layer(q, k, None, key_mask, query_mask)
+    value = k.clone()
+    assert torch.equal(layer(q, k, value, key_mask, query_mask), y)
     expected = layer(q[:1, :2], k[:1, :2])
     torch.testing.assert_close(y[0, :2], expected[0], rtol=0, atol=1e-10)
     assert torch.equal(y[0, 2], layer.norm.bias)

@@ -310,6 +310,18 @@ def test_hypernet_module_gives_the_generated_weights():
     torch.testing.assert_close(layer.w1(x), layer.generated_weights(x)[0])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_stacked_hypernetworks_equal_two(bias):
+    """On accelerators both hypernetworks' first layers are one product."""
+    layer = HyperMixing(8, 16, 2, bias=bias, device="meta")
+    g1, g2 = layer._hidden_both(torch.empty(3, 5, 8, device="meta"))
+    assert g1.shape == g2.shape == (2, 3, 5, 4)
+    layer = make(bias=bias)
+    x = torch.randn(3, 5, 8, dtype=F64)
+    for got, wanted in zip(layer._hidden_stacked(x), layer._hidden_both(x), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -141,3 +141,8 @@ def test_token_information_goes_into_the_hypernetworks_only():
     layer = HyperMixing(8, activation="identity", norm=False, dtype=F64)
     w1, w2 = layer.generated_weights(x)
     torch.testing.assert_close(layer(x), w2[:, 0] @ (w1[:, 0].transpose(1, 2) @ x))
+
+
+def test_unknown_styles():
+    with pytest.raises(ValueError, match="style must be 'sinusoidal' or 'idiap', got 'rope'"):
+        sinusoidal_table(3, 4, "rope")

@@ -79,6 +79,18 @@ def padding_mask(name: str, mask: Tensor | None, batch: int, length: int) -> Ten
     )
 
 
+def position_ids(ids: Tensor | None, batch: int, length: int, name: str = "position_ids") -> None:
+    """Require integer positions (N,) or (B, N), or None."""
+    if ids is None:
+        return
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    if tuple(ids.shape) not in ((length,), (batch, length), (1, length)):
+        raise ValueError(
+            f"{name} must have shape {(length,)} or {(batch, length)}, got {tuple(ids.shape)}"
+        )
+
+
 def same_tensor(a: Tensor, b: Tensor) -> bool:
     """Tell whether two tensors are one: the same object, or one storage, shape and stride."""
     if a is b:

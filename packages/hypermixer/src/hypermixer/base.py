@@ -186,10 +186,13 @@ class HyperMixingBase(nn.Module):
             return g, g
         if x.device.type == "cpu":
             return self.w1.hidden(x), self.w2.hidden(x)
-        weight = torch.cat([self.w1.fc1_weight, self.w2.fc1_weight], dim=1)
-        bias = None
-        if self.w1.fc1_bias is not None and self.w2.fc1_bias is not None:
-            bias = torch.cat([self.w1.fc1_bias, self.w2.fc1_bias], dim=1)
+        return self._hidden_stacked(x)
+
+    def _hidden_stacked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        nets = [self.w1, self._reader]
+        weight = torch.cat([net.fc1_weight for net in nets], dim=1)
+        biases: list[Tensor] = [net.fc1_bias for net in nets if net.fc1_bias is not None]
+        bias = torch.cat(biases, dim=1) if biases else None
         g1, g2 = self.activation(project_heads(x, weight, bias)).chunk(2, dim=-1)
         return g1, g2
 
@@ -201,15 +204,18 @@ class HyperMixingBase(nn.Module):
             hidden = hidden * scale.to(hidden.dtype).view(1, -1, 1, 1)
         return read_tokens(g2, read_matrix(self.activation(hidden), u2, c2))
 
+    def join_heads(self, y: Tensor) -> Tensor:
+        """Return the heads' Y (H, B, M, f) as (B, M, d)."""
+        return y.permute(1, 2, 0, 3).flatten(2)
+
     def finish(
         self,
-        y: Tensor,
+        out: Tensor,
         query_mask: Tensor | None,
         dtype: torch.dtype,
         norm_parameters: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Return norm(Y) (B, M, d) from the heads' Y (H, B, M, f), masked rows zero before the norm."""
-        out = y.permute(1, 2, 0, 3).flatten(2)
+        """Return norm(Y) (B, M, d), masked rows zero before the norm."""
         if query_mask is not None:
             out = out.masked_fill(query_mask.unsqueeze(-1), 0.0)
         if self.norm is None:

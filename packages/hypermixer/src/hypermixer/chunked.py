@@ -223,7 +223,7 @@ def make_plan(
         y = read_tokens(hidden(informed, reader, p), matrix)
         mask = None if query_mask is None else query_mask[:, window]
         own = {n[5:]: t for n, t in p.items() if n.startswith("norm.")}
-        return layer.finish(y, mask, query.dtype, own)
+        return layer.finish(layer.join_heads(y), mask, query.dtype, own)
 
     names = tuple(name for name, _ in layer.named_parameters())
     return Plan(chunk_size, names, write, between, read, layer.group)

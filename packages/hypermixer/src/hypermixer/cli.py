@@ -93,7 +93,10 @@ def _train(args: argparse.Namespace) -> int:
     say = _progress(args)
     train_part, test_part, options = task.LOADERS[args.task](args.seed, args.data_dir)
     torch.manual_seed(args.seed)
-    model = task.build(args.model, options, embed_dim=args.embed_dim, num_layers=args.num_layers)
+    name = {"transformer": "attention", "linear-transformer": "linear-attention"}.get(
+        args.model, args.model
+    )
+    model = task.build(name, options, embed_dim=args.embed_dim, num_layers=args.num_layers)
     steps = task.STEPS[args.task] if args.steps is None else args.steps
     say(f"training {args.model} on {args.task}: {steps} steps")
     source = sample_batches(train_part, 32, args.seed)
@@ -225,7 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         choices=["digits", "listops", "topics-pair", "sst2", "agnews", "trec"],
     )
-    train.add_argument("--model", default="hypermixer", help="hypermixer, attention, fnet, ...")
+    train.add_argument("--model", default="hypermixer", help="hypermixer, transformer, fnet, ...")
     train.add_argument("--steps", type=int)
     train.add_argument("--embed-dim", type=int, default=64)
     train.add_argument("--num-layers", type=int, default=2)

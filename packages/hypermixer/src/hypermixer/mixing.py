@@ -140,6 +140,8 @@ class HyperMixing(StreamingMixing):
         if same and (query_mask is None or query_padding_mask is key_padding_mask):
             query_mask = key_mask
         query_ids, key_ids = _pair(position_ids)
+        _checks.position_ids(query_ids, batch, length)
+        _checks.position_ids(key_ids, batch, keys.shape[1])
         starts = self._starts(length, keys.shape[1], query_ids, key_ids, query.device)
         shared = same and query_mask is key_mask and query_ids is key_ids
         chunk = self._chunk(query, keys.shape[1])
@@ -162,10 +164,12 @@ class HyperMixing(StreamingMixing):
             g2 = self._reader.hidden(self._inform(x, query_ids, starts[0]))
         v = self.split_heads(xk if values is keys else clear(values, key_mask))
         if self.causal:
-            y = self._mix_causal(g1, g2, v, key_mask)
+            out = self.join_heads(self._mix_causal(g1, g2, v, key_mask))
         else:
-            y = self._mix(g1, g2, v, self._count(keys, key_mask), shared)
-        return self.finish(y, query_mask, query.dtype)
+            count = self._count(keys, key_mask)
+            out = self.join_heads(self._mix(g1, g2, v, count, shared))
+        # Y by heads is gone by now: the norm is the peak of a training step's forward pass.
+        return self.finish(out, query_mask, query.dtype)
 
     def _chunk(self, query: Tensor, keys: int) -> int | None:
         """Return the tokens at a time, or None for all at once.
@@ -322,6 +326,7 @@ class HyperMixing(StreamingMixing):
         _checks.cu_seqlens(cu_seqlens, x.shape[0])
         packing = pack(cu_seqlens.to(x.device))
         ids, _ = _pair(position_ids)
+        _checks.position_ids(ids, 1, x.shape[0])
         out = self._mix_packed(x, packing, packing.position if ids is None else ids)
         return out.unsqueeze(0) if batched else out
 
@@ -338,7 +343,7 @@ class HyperMixing(StreamingMixing):
             scale = self._scale(packing.lengths.to(accumulation_dtype(x.dtype)))
         v = self.split_heads(x)
         y = mix_packed(g1, u1, c1, g2, u2, c2, v, self.activation, packing, scale=scale)
-        return self.finish(y, None, x.dtype)[0]
+        return self.finish(self.join_heads(y), None, x.dtype)[0]
 
     def generated_weights(self, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return W1 (B, H, N, k) and W2 (B, H, M, k), which mixing itself need not form."""

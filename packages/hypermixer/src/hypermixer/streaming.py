@@ -58,6 +58,7 @@ class StreamingMixing(HyperMixingBase):
         if remove and position_ids is None and self.token_info is not None:
             raise ValueError("removing keys needs the position_ids they were written with")
         ignore = _checks.padding_mask("mask", mask, *key.shape[:2])
+        _checks.position_ids(position_ids, *key.shape[:2])
         x = clear(key, ignore)
         g = self.w1.hidden(self._inform(x, position_ids, state.position))
         v = self.split_heads(x if value is key else clear(value, ignore))
@@ -80,9 +81,10 @@ class StreamingMixing(HyperMixingBase):
             raise ValueError(
                 f"the state holds {state.sums.shape[0]} sequences, but query has {query.shape[0]}"
             )
+        _checks.position_ids(ids, *query.shape[:2])
         g = self._reader.hidden(self._inform(query, ids, start))
         y = self._read(state.sums.transpose(0, 1), g, self._scale(state.count))
-        return self.finish(y, None, query.dtype)
+        return self.finish(self.join_heads(y), None, query.dtype)
 
     def step(self, x: Tensor, state: MixingState) -> tuple[Tensor, MixingState]:
         """Take the next token, or the next block of up to ``block_size`` tokens, of causal mixing.

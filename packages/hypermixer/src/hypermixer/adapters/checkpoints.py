@@ -137,8 +137,8 @@ def convert_checkpoint(source: str | Path, target: str | Path) -> dict[str, Any]
     name and renamed.
 
     Args:
-        source: a ``.safetensors`` or a torch file.
-        target: ``.safetensors``, or ``.pt`` and the like for torch's format.
+        source: ``*.safetensors`` or a torch file.
+        target: ``*.safetensors``, or ``*.pt`` and the like for torch's format.
 
     Returns:
         ``{"layers": {name: num_heads}}``.

@@ -90,8 +90,8 @@ STEPS = {
     "digits": 600,
     "listops": 600,
     "topics-pair": 800,
-    "sst2": 700,
-    "agnews": 300,
+    "sst2": 1500,
+    "agnews": 900,
     "trec": 400,
 }
 
