@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import struct
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from lookahead_minmax.gan import data, models
 from lookahead_minmax.gan.train import Recipe, feature_extractor, train
+from lookahead_minmax.gan.unrolled import unroll_adam
 
 
 def count(module: torch.nn.Module) -> int:
@@ -178,3 +180,78 @@ def test_lookahead_reaches_a_low_distance_sooner(digits: Any) -> None:
         curves = [train(Recipe(rounds=1500, k=k, seed=s), images, features) for s in range(3)]
         means.append(sum(sum(curve.live[6:]) for curve in curves))
     assert means[1] < means[0]
+
+
+def tiny_game() -> tuple[torch.nn.Module, torch.optim.Adam, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)
+    ).double()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.05, betas=(0.3, 0.9))
+    x, theta = torch.randn(2, 6, 3, dtype=torch.float64)
+    for _ in range(2):  # the moments are no longer zero
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    return net, optimizer, x, theta
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_unrolled_network_is_the_network_after_the_optimizers_own_steps(steps, maximize) -> None:
+    net, optimizer, x, theta = tiny_game()
+    optimizer.param_groups[0]["maximize"] = maximize
+    before = [p.detach().clone() for p in net.parameters()]
+    ahead = unroll_adam(net, optimizer, lambda f: (f(x) - f(theta)).square().mean(), steps)(x)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (net(x) - net(theta)).square().mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(ahead, net(x), rtol=0, atol=1e-12)
+
+
+def test_gradient_through_the_unrolled_steps_is_that_of_finite_differences() -> None:
+    net, optimizer, x, theta = tiny_game()
+
+    def outcome(point: torch.Tensor) -> torch.Tensor:
+        ahead = unroll_adam(net, optimizer, lambda f: (f(x) - f(point)).mean(), 3)
+        return ahead(point).square().sum()
+
+    assert torch.autograd.gradcheck(outcome, theta.requires_grad_())
+
+
+def test_weights_without_gradient_unroll_to_finite_gradients_and_buffers_stay() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), torch.nn.ReLU())
+    torch.nn.init.constant_(net[1].bias, -100.0)  # every unit is dead
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    optimizer = torch.optim.Adam(net.parameters())
+    point = torch.randn(5, 2, requires_grad=True)
+    ahead = unroll_adam(net, optimizer, lambda f: f(point).sum(), 2)
+    (gradient,) = torch.autograd.grad(ahead(point).sum(), point)
+    assert gradient.isfinite().all()
+    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
+
+
+def test_unrolling_refuses_what_it_does_not_compute() -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    net = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="at least 0"):
+        unroll_adam(net, torch.optim.Adam(net.parameters()), lambda f: f(weight).sum(), -1)
+    with pytest.raises(ValueError, match="weight decay"):
+        unroll_adam(net, torch.optim.Adam([weight], weight_decay=0.1), lambda f: f(weight).sum(), 1)
+    groups = torch.optim.Adam([{"params": [weight]}, {"params": list(net.parameters())}])
+    with pytest.raises(ValueError, match="one parameter group"):
+        unroll_adam(net, groups, lambda f: f(weight).sum(), 1)
+
+
+def test_unrolled_gan_trains_and_no_unrolled_step_is_alternating_descent() -> None:
+    images, labels = data.digits()
+    features = feature_extractor(images, labels, steps=50)
+    common: dict[str, Any] = {"rounds": 20, "evaluations": 2}
+    alternating = train(Recipe(**common), images, features)
+    none = train(Recipe(base="unrolled", unroll=0, **common), images, features)
+    some = train(Recipe(base="unrolled", unroll=3, k=(5,), **common), images, features)
+    assert none.live == alternating.live
+    assert some.live != alternating.live
+    assert all(map(math.isfinite, some.live))

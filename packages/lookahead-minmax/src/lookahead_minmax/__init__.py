@@ -2,8 +2,9 @@
 
 from lookahead_minmax.core.averages import EMA, UniformAverage, recalibrate
 from lookahead_minmax.core.extragradient import ExtraGradient
+from lookahead_minmax.core.handle import Handle
 from lookahead_minmax.core.lookahead import Lookahead
-from lookahead_minmax.core.minmax import Handle, LookaheadMinmax
+from lookahead_minmax.core.minmax import LookaheadMinmax
 from lookahead_minmax.core.optimistic import Optimistic
 from lookahead_minmax.core.schedule import KSampler, UniformK
 

@@ -49,9 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     gan = commands.add_parser("gan", parents=[common], help="train a GAN and watch its distance")
     gan.add_argument("--data", choices=("digits", "mnist"), default="digits")
     gan.add_argument("--data-dir", type=Path, help="folder with the files of MNIST")
-    gan.add_argument("--base", choices=("alt", "extra"), default="alt")
+    gan.add_argument("--base", choices=("alt", "extra", "unrolled"), default="alt")
     gan.add_argument("--rounds", type=int, default=3000)
     gan.add_argument("--d-iters", type=int, default=1)
+    gan.add_argument("--unroll", type=int, default=20, help="steps (--base unrolled)")
     gan.add_argument("--lr", type=float, default=1e-3)
     gan.add_argument("--ema", type=float, default=0.999)
     return parser
@@ -150,6 +151,7 @@ def _gan(arguments: argparse.Namespace) -> dict[str, Any]:
         alpha=arguments.alpha,
         rounds=arguments.rounds,
         d_iters=arguments.d_iters,
+        unroll=arguments.unroll,
         lr=arguments.lr,
         ema=arguments.ema,
         seed=arguments.seed,

@@ -6,35 +6,33 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lookahead_minmax.core import tensors
-from lookahead_minmax.core.players import Players, extrapolated, normalize_players, parameters_of
+from lookahead_minmax.core.handle import Handle
+from lookahead_minmax.core.players import (
+    Players,
+    check_parameters,
+    extrapolated,
+    modules_of,
+    normalize_players,
+    select_players,
+)
+from lookahead_minmax.core.policies import (
+    BufferPolicy,
+    NonfinitePolicy,
+    SlowInit,
+    StatePolicy,
+    check_policies,
+)
 from lookahead_minmax.core.schedule import KSampler, Schedule
 from lookahead_minmax.core.slow import SlowCopies, backup
 
-SlowInit = Literal["start", "first_sync"]
-StatePolicy = Literal["keep", "reset", "interpolate"]
-BufferPolicy = Literal["keep", "interpolate"]
-NonfinitePolicy = Literal["ignore", "raise", "rollback"]
 VERSION = 1
-
-
-class Handle:
-    """Undoes a registration."""
-
-    def __init__(self, undo: Callable[[], None]) -> None:
-        self._undo: Callable[[], None] | None = undo
-
-    def remove(self) -> None:
-        """Undo the registration; a second call does nothing."""
-        if self._undo is not None:
-            self._undo()
-        self._undo = None
 
 
 class LookaheadMinmax:
@@ -116,24 +114,19 @@ class LookaheadMinmax:
         for optimizer in self._optimizers():
             if getattr(optimizer, "_is_lookahead", False):
                 raise ValueError("a player is a Lookahead already: nest with k=[k1, k2] instead")
-        _check_choice("slow_init", slow_init, SlowInit)
-        _check_choice("state", state, StatePolicy)
-        _check_choice("buffers", buffers, BufferPolicy)
-        _check_choice("nonfinite", nonfinite, NonfinitePolicy)
+        check_policies(slow_init, state, buffers, nonfinite)
         if slow_dtype is not None and not slow_dtype.is_floating_point:
             raise ValueError(f"slow_dtype must be a floating type, got {slow_dtype}")
-        self.slow_init, self.state, self.buffers, self.nonfinite = (
-            slow_init,
-            state,
-            buffers,
-            nonfinite,
-        )
+        self.slow_init, self.state = slow_init, state
+        self.buffers, self.nonfinite = buffers, nonfinite
         self.rounds = self.rollbacks = 0
         self._schedule = Schedule(k, alpha, self.players)
-        self._check_parameters()
+        check_parameters(self.players, self._schedule.alphas)
         device = None if slow_device is None else torch.device(slow_device)
         self._slow = SlowCopies(self.players, self.levels, slow_dtype, device, foreach)
-        self._adopt_modules(modules)
+        if buffers == "interpolate":
+            for player, module in modules_of(self.players, modules).items():
+                self._slow.adopt_buffers(player, module)
         self._moved = False
         self._inside = False
         self._clock: str | None = None
@@ -166,7 +159,7 @@ class LookaheadMinmax:
         before = self._schedule.alphas
         self._schedule.set_alpha(value)
         try:
-            self._check_parameters()
+            check_parameters(self.players, self._schedule.alphas)
         except ValueError:
             self._schedule.alphas = before
             raise
@@ -179,37 +172,6 @@ class LookaheadMinmax:
     def _optimizers(self) -> Iterator[Optimizer]:
         for optimizers in self.players.values():
             yield from optimizers
-
-    def _check_parameters(self) -> None:
-        owner: dict[int, str] = {}
-        for player, optimizers in self.players.items():
-            for tensor in (t for optimizer in optimizers for t in parameters_of(optimizer)):
-                if not (tensor.is_floating_point() or tensor.is_complex()):
-                    raise ValueError(
-                        f"player {player!r} has a parameter of {tensor.dtype}: lookahead interpolates, "
-                        "which needs floating or complex numbers"
-                    )
-                other = owner.setdefault(id(tensor), player)
-                if any(row[other] != row[player] for row in self._schedule.alphas):
-                    raise ValueError(
-                        f"players {other!r} and {player!r} share a parameter and have different alpha"
-                    )
-
-    def _adopt_modules(self, modules: Mapping[str, nn.Module] | Sequence[nn.Module] | None) -> None:
-        if self.buffers != "interpolate":
-            return
-        if not modules:
-            raise ValueError('buffers="interpolate" needs modules={player: module}')
-        if not isinstance(modules, Mapping):
-            if len(modules) != len(self.players):
-                raise ValueError(
-                    f"modules has {len(modules)} entries, there are {len(self.players)} players"
-                )
-            modules = dict(zip(self.players, modules, strict=True))
-        for player, module in modules.items():
-            if player not in self.players:
-                raise KeyError(f"modules: no player {player!r}; there are {list(self.players)}")
-            self._slow.adopt_buffers(player, module)
 
     # -- hooks on the base optimizers ------------------------------------------------------------
 
@@ -370,19 +332,6 @@ class LookaheadMinmax:
         if not 1 <= level <= self.levels:
             raise ValueError(f"level must be in 1..{self.levels}, got {level}")
 
-    def _names(self, players: str | Sequence[str] | None) -> list[str]:
-        names = (
-            list(self.players)
-            if players is None
-            else [players]
-            if isinstance(players, str)
-            else players
-        )
-        for name in names:
-            if name not in self.players:
-                raise KeyError(f"no player {name!r}; there are {list(self.players)}")
-        return list(names)
-
     @contextmanager
     def slow_weights(
         self, players: str | Sequence[str] | None = None, level: int = 1
@@ -402,7 +351,7 @@ class LookaheadMinmax:
         if self._inside:
             raise RuntimeError("slow_weights() is entered already")
         self._check_level(level)
-        names = self._names(players)
+        names = select_players(self.players, players)
         with torch.no_grad():
             self._slow.adopt()
             self._slow.check()
@@ -422,7 +371,7 @@ class LookaheadMinmax:
     def slow_parameters(self, player: str | None = None, level: int = 1) -> Iterator[Tensor]:
         """Yield the slow copies of a player's parameters (None: of all) in the optimizers' order."""
         self._check_level(level)
-        names = self._names(player)
+        names = select_players(self.players, player)
         self._slow.adopt()
         for slot in self._slow.slots:
             if slot.player in names:
@@ -437,14 +386,7 @@ class LookaheadMinmax:
         """
         self._check_level(level)
         self._slow.adopt()
-        slow = {id(slot.tensor): slot.slow[level - 1] for slot in self._slow.all()}
-        live: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-        live.update(module.named_buffers(remove_duplicate=False))
-        result = {}
-        for name, value in module.state_dict().items():
-            source = slow.get(id(live.get(name)), value)
-            result[name] = source.to(value.device, value.dtype, copy=True).contiguous()
-        return result
+        return self._slow.module_state_dict(module, level - 1)
 
     # -- saving --------------------------------------------------------------------------------------
 
@@ -513,8 +455,3 @@ class LookaheadMinmax:
             for name, optimizers in self.players.items()
         )
         return f"LookaheadMinmax({players}; k={self.k}, alpha={self.alpha}, rounds={self.rounds})"
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 from weakref import WeakSet
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 OptimizerOrSequence: TypeAlias = Optimizer | Sequence[Optimizer]
@@ -71,3 +71,71 @@ def names_of(optimizer: Optimizer) -> Iterator[str | None]:
     """Yield the parameters' names where the optimizer was built from named parameters, else None."""
     for group in optimizer.param_groups:
         yield from group.get("param_names") or [None] * len(group["params"])
+
+
+def check_parameters(
+    players: Mapping[str, list[Optimizer]], alphas: Sequence[Mapping[str, float]]
+) -> None:
+    """Check that every parameter can be interpolated, by one factor.
+
+    Args:
+        players: {name: optimizers}.
+        alphas: {name: factor} for every level.
+
+    Raises:
+        ValueError: a parameter is neither floating nor complex, or has owners of different alpha.
+    """
+    owner: dict[int, str] = {}
+    for player, optimizers in players.items():
+        for tensor in (t for optimizer in optimizers for t in parameters_of(optimizer)):
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                raise ValueError(
+                    f"player {player!r} has a parameter of {tensor.dtype}: lookahead interpolates, "
+                    "which needs floating or complex numbers"
+                )
+            other = owner.setdefault(id(tensor), player)
+            if any(row[other] != row[player] for row in alphas):
+                raise ValueError(
+                    f"players {other!r} and {player!r} share a parameter and have different alpha"
+                )
+
+
+def modules_of(
+    players: Mapping[str, list[Optimizer]],
+    modules: Mapping[str, nn.Module] | Sequence[nn.Module] | None,
+) -> dict[str, nn.Module]:
+    """Return {player: module} for modules given by name or in the players' order.
+
+    Raises:
+        ValueError: there is no module, or a sequence has not one for each player.
+        KeyError: a name is no player's.
+    """
+    if not modules:
+        raise ValueError('buffers="interpolate" needs modules={player: module}')
+    if not isinstance(modules, Mapping):
+        if len(modules) != len(players):
+            raise ValueError(
+                f"modules has {len(modules)} entries, there are {len(players)} players"
+            )
+        return dict(zip(players, modules, strict=True))
+    for player in modules:
+        if player not in players:
+            raise KeyError(f"modules: no player {player!r}; there are {list(players)}")
+    return dict(modules)
+
+
+def select_players(
+    players: Mapping[str, list[Optimizer]], chosen: str | Sequence[str] | None
+) -> list[str]:
+    """Return the names of the chosen players: one, several, or all for None.
+
+    Raises:
+        KeyError: a name is no player's.
+    """
+    if chosen is None:
+        return list(players)
+    names = [chosen] if isinstance(chosen, str) else list(chosen)
+    for name in names:
+        if name not in players:
+            raise KeyError(f"no player {name!r}; there are {list(players)}")
+    return names

@@ -204,6 +204,17 @@ class SlowCopies:
         """Return a slot whose live tensor has an infinite or NaN element."""
         return next((s for s in self.slots if not tensors.all_finite(s.tensor.detach())), None)
 
+    def module_state_dict(self, module: nn.Module, level: int) -> dict[str, Tensor]:
+        """Return `module.state_dict()` with the slow copies of a level (0-based) in it."""
+        slow = {id(slot.tensor): slot.slow[level] for slot in self.all()}
+        live: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        live.update(module.named_buffers(remove_duplicate=False))
+        result = {}
+        for name, value in module.state_dict().items():
+            source = slow.get(id(live.get(name)), value)
+            result[name] = source.to(value.device, value.dtype, copy=True).contiguous()
+        return result
+
     def state_dict(self) -> dict[str, Any]:
         """Return {player: names, shapes, slow copies, state}, in the order of the parameters."""
         result: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lookahead_minmax import EMA, ExtraGradient, LookaheadMinmax
 from lookahead_minmax.gan.models import dcgan28, digits_pair, mlp
+from lookahead_minmax.gan.unrolled import unroll_adam
 from lookahead_minmax.metrics import feature_distance
 
 
@@ -21,11 +22,13 @@ class Recipe:
 
     Attributes:
         data: "digits" (MLPs, 32-dimensional noise) or "mnist" (the paper's DCGAN).
-        base: "alt" (alternating) or "extra" (extragradient in the authors' "opponent" mode).
+        base: "alt" (alternating), "extra" (extragradient in the authors' "opponent" mode) or "unrolled"
+            (alternating, the generator's gradient through the discriminator's next `unroll` steps).
         k: rounds between synchronisations, one for each level; empty is the base method.
         alpha: Lookahead's factor.
         rounds: of r discriminator steps and one generator step.
         d_iters: r.
+        unroll: steps of the discriminator that the generator sees; 20 is the paper's on MNIST.
         lr: Adam's, both players.
         betas: Adam's.
         batch_size: of real images and of noise.
@@ -35,11 +38,12 @@ class Recipe:
     """
 
     data: Literal["digits", "mnist"] = "digits"
-    base: Literal["alt", "extra"] = "alt"
+    base: Literal["alt", "extra", "unrolled"] = "alt"
     k: tuple[int, ...] = ()
     alpha: float = 0.5
     rounds: int = 3000
     d_iters: int = 1
+    unroll: int = 20
     lr: float = 1e-3
     betas: tuple[float, float] = (0.0, 0.9)
     batch_size: int = 50
@@ -142,18 +146,23 @@ def train(
     def noise(count: int = recipe.batch_size) -> Tensor:
         return torch.randn(count, *shape, generator=draws)
 
-    def fill_d() -> None:
+    def loss_d(score: Callable[[Tensor], Tensor]) -> Tensor:
         rows = torch.randint(len(images), (recipe.batch_size,), generator=draws)
-        with torch.no_grad():
-            fake = generator(noise())
-        real_score, fake_score = discriminator(images[rows]), discriminator(fake)
+        fake = generator(noise())
+        return F.softplus(-score(images[rows])).mean() + F.softplus(score(fake)).mean()
+
+    def fill_d() -> None:
+        generator.requires_grad_(False)
+        loss = loss_d(discriminator)
+        generator.requires_grad_()
         opt_d.zero_grad()
-        loss = F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
         torch.autograd.backward(loss)
 
     def fill_g() -> None:
         opt_g.zero_grad()
-        torch.autograd.backward(F.softplus(-discriminator(generator(noise()))).mean())
+        unroll = recipe.unroll if recipe.base == "unrolled" else 0
+        score = unroll_adam(discriminator, opt_d, loss_d, unroll) if unroll else discriminator
+        torch.autograd.backward(F.softplus(-score(generator(noise()))).mean())
 
     def alternating_round() -> None:
         for _ in range(recipe.d_iters):
@@ -193,7 +202,7 @@ def train(
 
     curve = Curve(recipe)
     every = max(1, recipe.rounds // recipe.evaluations)
-    play = alternating_round if recipe.base == "alt" else extragradient_round
+    play = extragradient_round if recipe.base == "extra" else alternating_round
     for done in range(1, recipe.rounds + 1):
         play()
         if lookahead is not None:
