@@ -356,7 +356,7 @@ def test_a_folder_that_is_not_empty_is_kept(family: Any, tmp_path: Path) -> None
     out.mkdir()
     lm.merge_files(base, models, out, progress=False)  # an empty one is fine
     before = (out / "model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match="overwrite=True replaces it"):
+    with pytest.raises(FileExistsError, match="--overwrite"):
         lm.merge_files(base, models, out, beta=0.9, progress=False)
     assert (out / "model.safetensors").read_bytes() == before
     (out / "old.txt").write_text("gone afterwards")
@@ -365,21 +365,82 @@ def test_a_folder_that_is_not_empty_is_kept(family: Any, tmp_path: Path) -> None
     assert not (out / "old.txt").exists()
     file = tmp_path / "file"
     file.write_text("x")
-    with pytest.raises(FileExistsError):
-        lm.merge_files(base, models, file, progress=False)
-    lm.merge_files(base, models, file, overwrite=True, progress=False)
-    assert (file / "model.safetensors").exists()
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="is a file"):
+            lm.merge_files(base, models, file, overwrite=overwrite, progress=False)
+    assert file.read_text() == "x"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]
 
 
 def test_an_input_is_never_the_output(family: Any, tmp_path: Path) -> None:
     _, base, models = family
-    for out in (base, models[1], base.parent / "base" / "." / "."):
-        with pytest.raises(ValueError, match="is the folder of an input"):
-            lm.merge_files(base, models, out, overwrite=True, progress=False)
     file = models[0] / "model.safetensors"
-    with pytest.raises(ValueError, match="is the folder of an input"):
-        lm.merge_files(base, [file], models[0], overwrite=True, progress=False)
+    for out in (base, models[1], base.parent / "base" / "." / ".", base.parent, base.parent.parent):
+        with pytest.raises(ValueError, match="is or holds an input"):
+            lm.merge_files(base, models, out, overwrite=True, progress=False)
+    for out in (models[0], file):
+        with pytest.raises(ValueError, match="is or holds an input"):
+            lm.merge_files(base, [file], out, overwrite=True, progress=False)
+    with pytest.raises(FileExistsError, match="is a file"):
+        lm.merge_files(base, models, file, overwrite=True, progress=False)
+    assert file.exists()
+
+
+def test_a_link_to_the_output_goes_on_pointing_to_it(
+    family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, base, models = family
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to(real, target_is_directory=True)
+    for _ in range(3):  # dangling, then to a folder that is not empty
+        lm.merge_files(base, models, link, overwrite=True, progress=False)
+        assert link.is_symlink()
+        assert (real / "model.safetensors").exists()
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    lm.merge_files(base, models, ".", progress=False)
+    assert (here / "model.safetensors").exists()
+    monkeypatch.chdir(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "link", "real"]
+
+
+def test_leftovers_of_killed_runs_go_and_those_of_live_ones_stay(
+    family: Any, tmp_path: Path
+) -> None:
+    _, base, models = family
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for pid in (gone.pid, os.getppid(), "x"):
+        (tmp_path / f".out.partial-{pid}").mkdir()
+    lm.merge_files(base, models, tmp_path / "out", progress=False)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"out", f".out.partial-{os.getppid()}", ".out.partial-x"}
+
+
+@pytest.mark.parametrize("density", [0.2, 0.9])
+def test_progress_never_exceeds_its_total(family: Any, tmp_path: Path, density: float) -> None:
+    _, base, models = family
+    calls: list[tuple[int, int]] = []
+    lm.merge_files(
+        base,
+        models,
+        tmp_path / "out",
+        "ties",
+        density=density,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert calls[-1][0] == calls[-1][1]
+    assert all(done <= total for done, total in calls)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def test_models_may_come_from_a_generator(family: Any, tmp_path: Path) -> None:
+    _, base, models = family
+    lm.merge_files(base, (path for path in models), tmp_path / "a", progress=False)
+    lm.merge_files(base, models, tmp_path / "b", progress=False)
+    first, second = ((tmp_path / x / "model.safetensors").read_bytes() for x in "ab")
+    assert first == second
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_writing(

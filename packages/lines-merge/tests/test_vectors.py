@@ -166,7 +166,14 @@ def test_thresholds_are_chosen_by_accuracy_and_ties_keep_the_first(
     update = reference.tall_masks(taus, taus.sum(axis=0), 0.6)[2] * taus.sum(axis=0)
     close(seen[-1][1], reference.lines(base, update, dict.fromkeys(base, 1.0)))
     with pytest.raises(ValueError, match="candidates for evaluate="):
-        lm.tall_masks(base, models)
+        lm.tall_masks(base, models, (0.2, 0.6))
+    assert set(lm.tall_masks(base, models).lambdas.values()) == {0.4}
+    seen.clear()
+    lm.tall_masks(base, models, evaluate=evaluate)
+    assert len(seen) == 5 * 3  # the paper's grid, for each task
+    for wrong in (-0.1, float("nan"), float("inf"), (0.2, -1.0), {"0": 1.0, "1": -1.0, "2": 1.0}):
+        with pytest.raises(ValueError, match="lambdas must be finite numbers of at least 0"):
+            lm.tall_masks(base, models, wrong, evaluate=evaluate)
     with pytest.raises(KeyError):
         lm.tall_masks(base, models, {"0": 0.4})
 

@@ -3,6 +3,7 @@
 `edit` restores what fine-tuning forgot, `merge` merges fine-tuned models with less interference.
 """
 
+from .adapter import adapted
 from .depth import Block, DepthMap
 from .errors import (
     AmbiguousDepthError,
@@ -11,6 +12,7 @@ from .errors import (
     KeyMismatchError,
     LargeAlphaWarning,
     NonFiniteError,
+    OverflowWarning,
     ShapeMismatchError,
     SkippedTensorsWarning,
     UnrelatedBaseWarning,
@@ -21,7 +23,7 @@ from .io.plan import MergePlan
 from .io.report import MergeReport
 from .io.stream import merge_files, plan_files, run_recipe, sweep_files
 from .lines import auto_alpha, edit, edit_, merge
-from .masks import PackedMasks, tall_masks
+from .masks import PackedMasks, magnitude_masks, tall_masks
 from .merges import BaseMerge, Merge, register_merge
 from .schedule import scales
 from .soups import GreedySoup, greedy_soup, rewarded_soup, uniform_soup, wise_ft
@@ -56,6 +58,7 @@ __all__ = [
     "MergePlan",
     "MergeReport",
     "NonFiniteError",
+    "OverflowWarning",
     "PackedMasks",
     "ScaledModel",
     "ShapeMismatchError",
@@ -67,11 +70,13 @@ __all__ = [
     "UnsupportedDtypeError",
     "ZeroTaskVectorError",
     "__version__",
+    "adapted",
     "auto_alpha",
     "edit",
     "edit_",
     "forgetting_objective",
     "greedy_soup",
+    "magnitude_masks",
     "merge",
     "merge_files",
     "plan_files",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,18 @@ _EMBEDDING = {
     "shared",
 }
 _EMBEDDING |= {"lm_head", "embed_in", "embed_out"}
+_ADAPTER = re.compile(r"(?:^|\.)lora_(?:embedding_)?[AB](?:\.|$)")
 
 
 @dataclass
 class Aligned:
-    """Tensors to work on, sorted by name; what a model lacks, and what only a model has."""
+    """Tensors to work on, sorted by name; what a model lacks, and what only a model has.
+
+    `aliases` are the base's ties that every model shares: those tensors are worked on once.
+    """
 
     entries: dict[str, Entry]
+    aliases: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, list[str]] = field(default_factory=dict)
     extra: dict[str, list[str]] = field(default_factory=dict)
 
@@ -53,9 +59,21 @@ def align(
     for source in [base, *models]:
         for name, info in source.tensors.items():
             check_dtype(name, info, source.label, dtype_given=dtype_given)
+            if _ADAPTER.search(name):
+                raise ValueError(
+                    f"{source.label}: {name!r} is a factor of an adapter; merging the factors apart is "
+                    "not merging their products: pass lines_merge.adapted(base, adapter) instead, or "
+                    "the state dict after PEFT's merge_and_unload"
+                )
+    aliases = {
+        alias: name
+        for alias, name in base.aliases.items()
+        if all(_tied(model, alias, name) for model in models)
+    }
+    result.aliases = aliases
     for source in models:
         # a tied tensor may be stored under one of its names only
-        missing = [n for n in wanted if n not in source.tensors and n not in base.aliases]
+        missing = [n for n in wanted if n not in source.tensors and n not in aliases]
         extra = [n for n in source.tensors if n not in wanted and n not in source.aliases]
         if strict and (missing or extra):
             raise KeyMismatchError(
@@ -74,9 +92,16 @@ def align(
     result.entries = {
         name: _entry(name, wanted[name], base, models, vocab, absent=name in absent)
         for name in sorted(wanted)
-        if name not in base.aliases
+        if name not in aliases
     }
     return result
+
+
+def _tied(model: TensorSource, alias: str, name: str) -> bool:
+    """Whether a tie of the base holds in a model, which may store one of the two names only."""
+    if alias not in model.tensors or name not in model.tensors:
+        return True
+    return model.aliases.get(alias, alias) == model.aliases.get(name, name)
 
 
 def _entry(

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .errors import DepthError
-from .families import Stack, family_stacks, match_patterns
+from .families import Stack, strip_wrappers
+from .patterns import family_stacks, match_patterns
 
 _IMAGE = ("visual", "vision", "image", "vit.")
 _TEXT = ("text", "language")
@@ -128,8 +129,14 @@ class DepthMap:
                 )
             return DepthMap(_blocks(names, stacks, self._allow_gaps))
         missing = [name for name in names if name not in self._blocks]
-        if missing:
-            raise DepthError(f"the depth map was built without {missing[:10]}")
+        if (
+            missing
+        ):  # perhaps one side has the prefixes of DDP or torch.compile and the other has not
+            plain = {strip_wrappers(name): block for name, block in self._blocks.items()}
+            missing = [name for name in names if strip_wrappers(name) not in plain]
+            if missing:
+                raise DepthError(f"the depth map was built without {missing[:10]}")
+            return DepthMap({name: plain[strip_wrappers(name)] for name in names})
         return self
 
     def __getitem__(self, name: str) -> Block | None:

@@ -26,7 +26,7 @@ from .errors import (
     NonFiniteError,
     UnrelatedBaseWarning,
 )
-from .sources import TensorSource
+from .sources import FLOAT8, FLOATS, TensorSource
 
 _SAMPLE = 16  # one cell in 16 enters the check that models and base belong together
 
@@ -110,6 +110,7 @@ class Engine:
             base, self.models, strict=strict, vocab=vocab, dtype_given=dtype is not None
         )
         self.entries, self.skipped, self.extra = aligned.entries, aligned.skipped, aligned.extra
+        self.aliases = aligned.aliases
         self.bytes_read = 0
         self.passes = 0
         self._checked: set[str] = set()
@@ -126,6 +127,14 @@ class Engine:
     def merged(self) -> list[Entry]:
         """Entries with arithmetic, sorted by name: the flat order of the parameters."""
         return [entry for entry in self.entries.values() if entry.merged]
+
+    def sizes(self) -> dict[str, int]:
+        """Return {name: elements} of all weights, also of those that a model lacks: depth counts them."""
+        return {
+            name: entry.info.numel
+            for name, entry in self.entries.items()
+            if entry.info.dtype in FLOATS + FLOAT8
+        }
 
     def compute_dtype(self, entry: Entry) -> torch.dtype:
         """Return float64 where an input is, else float32."""
@@ -158,6 +167,16 @@ class Engine:
         self.passes += names is None and sample == 1
         jobs = self._jobs(entries) if sample == 1 else self._samples(entries, sample)
         self._run(jobs, lambda job, worker: self._scan_job(job, worker, function))
+
+    def check_all(self) -> None:
+        """Look for NaN and infinity in everything, before results overwrite anything.
+
+        Raises:
+            NonFiniteError: there is one, and `allow_nonfinite` is off.
+        """
+        unchecked = [e.name for e in self.merged() if e.name not in self._checked]
+        if unchecked and not self.allow_nonfinite:
+            self.scan(lambda cell: None, unchecked)
 
     def scan_cell(self, function: CellFunction, name: str, start: int) -> None:
         """Call `function` on the one cell of a tensor that starts there."""
@@ -271,6 +290,8 @@ class Engine:
         end = min(chunk[1] + self.chunk, entry.info.numel)
         whole = (job.start, job.stop) == (chunk[1], end)
         for index, source in enumerate(sources):
+            # of tied tensors one is read: a second one in the file is a copy, or stale
+            stored = source.aliases.get(entry.name, entry.name)
             held = self._held.get((index, entry.name))
             if chunk not in self._loaded and not whole:
                 held = None  # a sample, before the tensor has been read
@@ -279,12 +300,12 @@ class Engine:
             if held is not None:
                 row = held[job.start : job.stop]
                 if chunk not in self._loaded:
-                    source.read(entry.name, job.start, job.stop, row)
+                    source.read(stored, job.start, job.stop, row)
             else:
-                row = source.read(entry.name, min(job.start, stop), stop, buffers[index])
+                row = source.read(stored, min(job.start, stop), stop, buffers[index])
             if row.numel() < size:  # fewer embedding rows than the base: no update there
-                tail = rows[0][row.numel() :].to(row.dtype)
-                row = torch.cat([row, tail])
+                wide = torch.promote_types(row.dtype, rows[0].dtype)
+                row = torch.cat([row.to(wide), rows[0][row.numel() :].to(wide)])
             rows.append(row)
             self._count(row.numel() * row.element_size())
         if whole and (0, entry.name) in self._held:
@@ -326,7 +347,10 @@ class Engine:
                 for index, row in enumerate(raw):
                     block[index, :size].copy_(row)
             base, deltas = block[0, :size], block[1:, :size]
+            frozen = deltas == base if self.allow_nonfinite else None
             torch.sub(deltas, base, out=deltas)
+            if frozen is not None:  # inf - inf
+                deltas.masked_fill_(frozen, 0)
             start = job.start + offset
             yield Cell(entry, start, size, self.keys, base, deltas, raw[0], raw[1:], worker, depth)
 
@@ -402,6 +426,8 @@ def _as_matrix(rows: Sequence[Tensor]) -> Tensor | None:
     first = rows[0]
     storage = first.untyped_storage().data_ptr()
     step = rows[1].storage_offset() - first.storage_offset()
+    if step < 0:
+        return None
     for index, row in enumerate(rows):
         same = row.dtype == first.dtype and row.untyped_storage().data_ptr() == storage
         if not same or row.storage_offset() != first.storage_offset() + index * step:

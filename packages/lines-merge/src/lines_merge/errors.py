@@ -47,5 +47,9 @@ class LargeAlphaWarning(UserWarning):
     """The norm ratio of alpha is above 1 (very sparse merged vectors)."""
 
 
+class OverflowWarning(UserWarning):
+    """The result exceeds the range of its dtype (float16)."""
+
+
 class SkippedTensorsWarning(UserWarning):
     """With strict=False, tensors that a model lacks keep their base values."""

@@ -19,10 +19,10 @@ _WRAPPERS = re.compile(
 )
 # `layer3.0.` (ResNet) and `encoder_layer_7.` (torchvision ViT) hide the integer inside a component.
 _RESNET_STAGE = re.compile(r"(?<![^.])layer([1-9])(?=\.\d+\.)")
-_TORCHVISION_VIT = re.compile(r"(?<![^.])encoder_layer_(\d+)(?=\.)")
-_INTEGER = re.compile(r"(?<![^.])(\d+)(?=\.)")
+_TORCHVISION_VIT = re.compile(r"(?<![^.])encoder_layer_(\d{1,9})(?=\.)")
+_INTEGER = re.compile(r"(?<![^.])(\d{1,9})(?=\.)")  # more digits count no blocks
 
-_HINT = (
+HINT = (
     "Name the blocks yourself, e.g. depth=DepthMap.from_patterns(['model.layers.{i}.']), "
     "or pass family= to DepthMap.from_names."
 )
@@ -79,12 +79,15 @@ def strip_wrappers(name: str) -> str:
 
 
 @dataclass
-class _Container:
+class Container:
+    """Names grouped by the path before an integer."""
+
     path: str
     entries: dict[int, dict[str, str]]  # index -> {name: rest of the path below the index}
 
     @property
     def last(self) -> str:
+        """The last component of the path."""
         return self.path.rpartition(".")[2]
 
 
@@ -98,9 +101,9 @@ def _virtual(name: str) -> str:
     return name
 
 
-def _containers(paths: Mapping[str, str], skip: int = 0) -> list[_Container]:
+def _containers(paths: Mapping[str, str], skip: int = 0) -> list[Container]:
     """Group names by the path before their integer number `skip` (0 is the outermost)."""
-    found: dict[str, _Container] = {}
+    found: dict[str, Container] = {}
     for name, path in paths.items():
         match = _INTEGER.search(path)
         for _ in range(skip):
@@ -111,7 +114,7 @@ def _containers(paths: Mapping[str, str], skip: int = 0) -> list[_Container]:
         prefix = path[: start - 1] if start else ""
         container = found.get(prefix)
         if container is None:
-            container = found[prefix] = _Container(prefix, {})
+            container = found[prefix] = Container(prefix, {})
         container.entries.setdefault(int(match[1]), {})[name] = path[end + 1 :]
     return list(found.values())
 
@@ -119,18 +122,18 @@ def _containers(paths: Mapping[str, str], skip: int = 0) -> list[_Container]:
 def _nested(rest: str) -> tuple[str, int] | None:
     """Split `blocks.7.norm.weight` into ("blocks", 7); None without an integer near the front."""
     head, _, tail = rest.partition(".")
-    if head.isdigit():
+    if _INTEGER.match(f"{head}."):
         return ("", int(head)) if tail else None
     index = tail.partition(".")[0]
-    return (head, int(index)) if index.isdigit() and "." in tail else None
+    return (head, int(index)) if _INTEGER.match(f"{index}.") and "." in tail else None
 
 
-def _has_modules(container: _Container) -> bool:
+def _has_modules(container: Container) -> bool:
     """Blocks have sub-modules; the linear layers of a small Sequential have weight and bias only."""
     return any("." in rest for rests in container.entries.values() for rest in rests.values())
 
 
-def _stage_of_samplers(container: _Container, samplers: Mapping[str, int]) -> dict[str, int]:
+def stage_of_samplers(container: Container, samplers: Mapping[str, int]) -> dict[str, int]:
     """Map each down-sampling tensor to the stage that it feeds.
 
     A stage that opens with its down-sampling has none in the first stage (timm); one that closes with it
@@ -142,7 +145,7 @@ def _stage_of_samplers(container: _Container, samplers: Mapping[str, int]) -> di
     return {name: stage + closes for name, stage in samplers.items()}
 
 
-def _as_staged(container: _Container) -> Stack | None:
+def _as_staged(container: Container) -> Stack | None:
     """Read the container as a list of stages if every entry holds one list of blocks."""
     if container.last == "features":
         return _as_features(container)
@@ -168,10 +171,10 @@ def _as_staged(container: _Container) -> Stack | None:
         if not blocks:
             return None
     path = container.path.replace("layer#", "layer")
-    return Stack(path, positions, _stage_of_samplers(container, samplers), staged=True)
+    return Stack(path, positions, stage_of_samplers(container, samplers), staged=True)
 
 
-def _as_features(container: _Container) -> Stack | None:
+def _as_features(container: Container) -> Stack | None:
     """Torchvision's ConvNeXt and Swin: `features.{odd}.{i}` are blocks, even entries down-sample."""
     positions: dict[str, tuple[int, int]] = {}
     samplers: dict[str, int] = {}
@@ -189,7 +192,7 @@ def _as_features(container: _Container) -> Stack | None:
     return Stack(container.path, positions, samplers, staged=True) if positions else None
 
 
-def _as_flat(container: _Container, *, known: bool) -> Stack:
+def _as_flat(container: Container, *, known: bool) -> Stack:
     positions = {name: (0, index) for index, rests in container.entries.items() for name in rests}
     path = container.path
     if container.last == "encoder_layer_":
@@ -197,7 +200,7 @@ def _as_flat(container: _Container, *, known: bool) -> Stack:
     return Stack(path, positions, known=known, modules=_has_modules(container))
 
 
-def _alike(container: _Container) -> bool:
+def _alike(container: Container) -> bool:
     """Whether most entries have the same parameters below them, lists inside counted once."""
     shapes = Counter(
         frozenset(_INTEGER.sub("#", rest) for rest in rests.values())
@@ -211,7 +214,7 @@ def _contiguous(indices: Iterable[int]) -> bool:
     return present == set(range(len(present)))
 
 
-def _generic_stage_list(container: _Container) -> Stack | None:
+def _generic_stage_list(container: Container) -> Stack | None:
     """An unknown container of a few unequal entries, each dominated by one list, is a stage list."""
     if len(container.entries) > 8 or not _contiguous(container.entries):
         return None
@@ -240,7 +243,7 @@ def _generic_stage_list(container: _Container) -> Stack | None:
     return Stack(
         container.path,
         positions,
-        _stage_of_samplers(container, samplers),
+        stage_of_samplers(container, samplers),
         staged=True,
         known=False,
     )
@@ -273,14 +276,14 @@ def detect(names: Iterable[str], sizes: Mapping[str, int] | None = None) -> list
         DepthError: nothing looks like a stack of blocks.
         AmbiguousDepthError: several readings are equally good.
     """
-    known, other, rejected = _classify(names, use_known=True)
+    known, other, rejected = classify(names, use_known=True)
     if known:
         _refuse_rivals(known, other, sizes)
         return known
-    return _fallback(other, rejected, sizes)
+    return fallback(other, rejected, sizes)
 
 
-def _classify(
+def classify(
     names: Iterable[str], *, use_known: bool
 ) -> tuple[list[Stack], list[Stack], list[Stack]]:
     """Sort the outermost containers into known stacks, possible stacks and mere lists.
@@ -316,7 +319,7 @@ def _classify(
     return known, other, rejected
 
 
-def _single_level(container: _Container) -> bool:
+def _single_level(container: Container) -> bool:
     """Whether the entries are blocks rather than lists of different lengths: stages in disguise."""
     if not 2 <= len(container.entries) <= 12:
         return True
@@ -345,18 +348,18 @@ def _refuse_rivals(
     if rivals:
         raise AmbiguousDepthError(
             "besides the blocks that were recognised, other containers hold as many parameters; "
-            f"candidates:\n{_explain([*known, *rivals], sizes)}\n{_HINT}"
+            f"candidates:\n{_explain([*known, *rivals], sizes)}\n{HINT}"
         )
 
 
-def _fallback(
+def fallback(
     other: Sequence[Stack], rejected: Sequence[Stack], sizes: Mapping[str, int] | None
 ) -> list[Stack]:
     """Choose the container with the largest share; equal ones elsewhere in the model are towers."""
     if not other:
         raise DepthError(
             "no stack of blocks found in the parameter names; candidates:\n"
-            f"{_explain(rejected, sizes)}\n{_HINT}"
+            f"{_explain(rejected, sizes)}\n{HINT}"
         )
     ranked = sorted(other, key=lambda stack: -_share(stack, sizes))
     parent, _, last = ranked[0].path.rpartition(".")
@@ -374,7 +377,7 @@ def _fallback(
     if rivals or any(stack.doubtful for stack in towers):
         raise AmbiguousDepthError(
             "several containers could be the stack of blocks; candidates:\n"
-            f"{_explain([*towers, *rivals], sizes)}\n{_HINT}"
+            f"{_explain([*towers, *rivals], sizes)}\n{HINT}"
         )
     return [stack for stack in other if stack in towers]
 
@@ -382,68 +385,3 @@ def _fallback(
 def _numbered_siblings(one: str, two: str) -> bool:
     """Whether two paths differ in a trailing number only: `stage1` and `stage2` are one stack in parts."""
     return one != two and one.rstrip("0123456789") == two.rstrip("0123456789")
-
-
-def compile_pattern(pattern: str) -> tuple[re.Pattern[str], bool]:
-    """Turn `model.layers.{i}.` (or `stages.{s}.blocks.{i}.`) into a regular expression.
-
-    The pattern may follow any prefix that ends in a dot. Returns the expression and whether it has
-    a stage.
-
-    Raises:
-        DepthError: the pattern has no `{i}`.
-    """
-    if pattern.count("{i}") != 1 or pattern.count("{s}") > 1:
-        raise DepthError(
-            f"a pattern needs {{i}} once and {{s}} at most once, e.g. 'model.layers.{{i}}.'; "
-            f"got {pattern!r}"
-        )
-    body = re.escape(pattern.rstrip("."))
-    body = body.replace(re.escape("{i}"), r"(?P<i>\d+)").replace(re.escape("{s}"), r"(?P<s>\d+)")
-    return re.compile(rf"^(?P<lead>(?:[^.]+\.)*?){body}(?=\.|$)"), "{s}" in pattern
-
-
-def match_patterns(names: Iterable[str], patterns: Iterable[str]) -> list[Stack]:
-    """Find the stacks that given patterns select, one for each (pattern, prefix)."""
-    compiled = [(pattern, *compile_pattern(pattern)) for pattern in patterns]
-    stacks: dict[tuple[str, str], Stack] = {}
-    for name in names:
-        path = strip_wrappers(name)
-        for pattern, expression, staged in compiled:
-            match = expression.match(path)
-            if match is None or any(part.isdigit() for part in match["lead"].split(".")):
-                continue
-            stem = pattern.split(".{s}")[0].split(".{i}")[0].split("{")[0].rstrip(".")
-            key = (pattern, match["lead"])
-            stack = stacks.setdefault(key, Stack(match["lead"] + stem, {}, staged=staged))
-            stage = int(match["s"]) if staged else 0
-            stack.positions[name] = (stage, int(match["i"]))
-            break
-    return list(stacks.values())
-
-
-def family_stacks(
-    names: Sequence[str], family: str, sizes: Mapping[str, int] | None = None
-) -> list[Stack]:
-    """Return the stacks of one named family of `FAMILIES`, or of "generic" or "auto".
-
-    Raises:
-        ValueError: unknown family.
-        DepthError: no name matches it.
-    """
-    if family == "auto":
-        return detect(names, sizes)
-    if family == "generic":
-        _, other, rejected = _classify(names, use_known=False)
-        return _fallback(other, rejected, sizes)
-    if family not in FAMILIES:
-        allowed = ", ".join(["auto", "generic", *FAMILIES])
-        raise ValueError(f"unknown family {family!r}; allowed: {allowed}")
-    templates = FAMILIES[family]
-    if any("{s}" in template for template in templates):
-        stacks = [stack for stack in detect(names, sizes) if stack.staged]
-    else:
-        stacks = match_patterns(names, templates)
-    if not stacks:
-        raise DepthError(f"no name matches family {family!r} ({', '.join(templates)}); {_HINT}")
-    return stacks

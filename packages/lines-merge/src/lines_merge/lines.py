@@ -70,17 +70,18 @@ def run_in_memory(
 ) -> dict[str, Tensor]:
     """Merge into a state dict with the order, the ties and the integer tensors of the base."""
     engine = Engine(base, models, **engine_arguments)
-    names = [entry.name for entry in engine.merged()]
     with one_thread_each():
         plan = prepare(engine, method, scaling)
         sink = MemorySink(engine, out)
-        plan.write([sink], [scaling.factors(names, plan.alpha)])
+        if out is not None:
+            engine.check_all()
+        plan.write([sink], [scaling.factors(engine.sizes(), plan.alpha)])
     tensors = sink.tensors
     if device is not None:
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     elif isinstance(base, MemorySource) and out is None:
         tensors = {name: tensor.to(base.device_of(name)) for name, tensor in tensors.items()}
-    return {name: tensors[base.aliases.get(name, name)] for name in base.tensors}
+    return {name: tensors[engine.aliases.get(name, name)] for name in base.tensors}
 
 
 def edit(
@@ -126,7 +127,8 @@ def edit(
         vocab: "base" accepts embeddings with another number of rows and keeps the base's.
         allow_nonfinite: let NaN and infinity pass.
         allow_gaps: accept missing block indices.
-        out: tensors to write into (may be those of `finetuned`).
+        out: tensors to write into (may be those of `finetuned`). Values are checked first, in a pass of
+            its own, so that an error leaves them as they were.
 
     Raises:
         TypeError: gamma together with alpha or beta; neither; unsupported dtypes.
@@ -169,6 +171,8 @@ def edit_(
 ) -> nn.Module:
     """Edit a fine-tuned module in place, without a second copy of it; see `edit`.
 
+    All values are checked in a pass before the first one is written: an error leaves the module whole.
+
     Args:
         model: the fine-tuned module; wrappers (DDP, torch.compile) may stay on.
         base: the pre-trained weights, named as in the module with or without the wrappers' prefixes.
@@ -203,7 +207,8 @@ def edit_(
     scaling = Scaling(alpha=alpha, beta=beta, **arguments)
     engine = Engine(renamed, {"0": live}, threads=1, **rest)
     plan = prepare(engine, TaskArithmetic(), scaling)
-    table = scaling.factors([entry.name for entry in engine.merged()], plan.alpha)
+    table = scaling.factors(engine.sizes(), plan.alpha)
+    engine.check_all()
     with torch.no_grad():
         plan.write([_InPlaceSink(state)], [table])
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from .cells import Cell
 from .engine import Engine
-from .merges import Merge, make_merge
+from .merges import Merge, Trim, make_merge
+from .schedule import NUMBER
 from .sources import Source, label_models, open_source
 from .ties import Ties, tall_mask
 
 Bits = NDArray[np.uint8]
+
+LAMBDA_GRID = (0.2, 0.3, 0.4, 0.5, 0.6)
+"""The paper's candidates for the threshold of TALL masks, from which validation chooses."""
 
 
 class PackedMasks:
@@ -115,7 +120,7 @@ class PackedMasks:
 def tall_masks(
     base: Source,
     models: Sequence[Source] | Mapping[str, Source],
-    lambdas: float | Sequence[float] | Mapping[str, float] = (0.2, 0.3, 0.4, 0.5, 0.6),
+    lambdas: float | Sequence[float] | Mapping[str, float] | None = None,
     *,
     method: str | Merge = "task_arithmetic",
     evaluate: Callable[[str, dict[str, Tensor]], float] | None = None,
@@ -127,14 +132,14 @@ def tall_masks(
         base: pre-trained weights.
         models: fine-tuned weights, one for each task.
         lambdas: one threshold, a mapping from task to threshold, or candidates among which `evaluate`
-            chooses for each task.
+            chooses for each task; None is `LAMBDA_GRID` with `evaluate`, else its middle, 0.4.
         method: merge that gives the unscaled :math:`\tau_{MTL}`.
         evaluate: called with a task's key and the weights :math:`\theta_0 + m_t \tau_{MTL}`, returns a validation
             accuracy; the first of equal candidates wins.
         **method_arguments: of the method.
 
     Raises:
-        ValueError: candidates without `evaluate`.
+        ValueError: candidates without `evaluate`; a threshold that is negative or not finite.
         KeyError: a mapping that lacks a task.
 
     Example:
@@ -152,31 +157,100 @@ def tall_masks(
     merge.prepare(engine)
     if isinstance(merge, Ties):
         merge.settle(engine)
-    if isinstance(lambdas, (int, float)):
-        chosen = dict.fromkeys(keys, float(lambdas))
+    if lambdas is None:
+        lambdas = LAMBDA_GRID if evaluate is not None else 0.4
+    if isinstance(lambdas, NUMBER):
+        chosen = dict.fromkeys(keys, check_lambda(lambdas))
     elif isinstance(lambdas, Mapping):
-        chosen = {key: float(lambdas[key]) for key in keys}
+        chosen = {key: check_lambda(lambdas[key]) for key in keys}
     elif evaluate is None:
         raise ValueError(
             "several lambdas are candidates for evaluate= to choose from; without it pass one number "
             "or a mapping from task to number"
         )
     else:
-        chosen = _choose(engine, merge, list(lambdas), evaluate)
+        chosen = _choose(engine, merge, [check_lambda(value) for value in lambdas], evaluate)
     return _masks(engine, merge, chosen)
 
 
+def check_lambda(value: float) -> float:
+    """Return a threshold, or raise ValueError unless it is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, NUMBER) or not 0 <= value < math.inf:
+        raise ValueError(f"lambdas must be finite numbers of at least 0, got {value!r}")
+    return float(value)
+
+
+def magnitude_masks(
+    base: Source,
+    models: Sequence[Source] | Mapping[str, Source],
+    density: float = 0.2,
+    *,
+    scope: str = "global",
+    compat: str | None = None,
+) -> PackedMasks:
+    r"""Return each task's mask of the largest entries of :math:`|\tau_t|` (magnitude masking).
+
+    As with `tall_masks`, :math:`\theta_0 + m_t \tau_{MTL}` is what task t is evaluated with.
+
+    Args:
+        base: pre-trained weights.
+        models: fine-tuned weights, one for each task.
+        density: fraction of entries that is kept, in (0, 1]; everything is, where fewer have an update.
+        scope: "global" ranks all parameters together, "tensor" each tensor on its own.
+        compat: see `merge` with method "magnitude".
+
+    Raises:
+        ValueError: density outside (0, 1]; an unknown word.
+
+    Example:
+        >>> base = {"w": torch.zeros(4)}
+        >>> models = [{"w": torch.tensor([0.5, -3.0, 2.0, 1.0])}]
+        >>> magnitude_masks(base, models, 0.5)["0"]["w"]
+        tensor([False,  True,  True, False])
+    """
+    keys, sources = label_models(models)
+    readers = {
+        key: open_source(source, f"model {key}") for key, source in zip(keys, sources, strict=True)
+    }
+    engine = Engine(open_source(base, "base"), readers)
+    trim = Trim(density, scope, compat)
+    trim.prepare(engine)
+
+    def keep(cell: Cell) -> list[Tensor]:
+        if not trim.cuts:
+            return [torch.ones_like(row, dtype=torch.bool) for row in cell.deltas]
+        table = trim.cuts[cell.name]
+        return [
+            cut.mask(cell.name, cell.start, row)
+            for cut, row in zip(table, cell.deltas, strict=True)
+        ]
+
+    return _pack(engine, keep, {})
+
+
 def _masks(engine: Engine, merge: Merge, lambdas: Mapping[str, float]) -> PackedMasks:
+    def rely(cell: Cell) -> list[Tensor]:
+        own = [row.clone() for row in cell.deltas]
+        merged = merge(cell.base, cell.deltas, cell)
+        return [
+            tall_mask(delta, merged, lambdas[key], torch.empty_like(delta))
+            for key, delta in zip(engine.keys, own, strict=True)
+        ]
+
+    return _pack(engine, rely, lambdas)
+
+
+def _pack(
+    engine: Engine, choose: Callable[[Cell], list[Tensor]], lambdas: Mapping[str, float]
+) -> PackedMasks:
+    """Pack the masks that `choose` gives for every cell, one for each task."""
     entries = engine.merged()
     rows = len(engine.keys)
     bits = {e.name: np.zeros((rows, (e.info.numel + 7) // 8), dtype=np.uint8) for e in entries}
 
     def fill(cell: Cell) -> None:
-        own = [row.clone() for row in cell.deltas]
-        merged = merge(cell.base, cell.deltas, cell)
         first = cell.start // 8  # cells start at multiples of 8
-        for index, (key, delta) in enumerate(zip(engine.keys, own, strict=True)):
-            mask = tall_mask(delta, merged, lambdas[key], torch.empty_like(delta))
+        for index, mask in enumerate(choose(cell)):
             packed = np.packbits(mask.numpy())
             bits[cell.name][index, first : first + len(packed)] = packed
 
@@ -196,7 +270,10 @@ def _choose(
         name: engine.base.read(name, 0, info.numel).view(info.shape)
         for name, info in engine.base.tensors.items()
     }
-    merged = {entry.name: torch.empty(entry.info.numel) for entry in engine.merged()}
+    merged = {
+        entry.name: torch.empty(entry.info.numel, dtype=engine.compute_dtype(entry))
+        for entry in engine.merged()
+    }
 
     def collect(cell: Cell) -> None:
         part = merge(cell.base, cell.deltas, cell)
@@ -210,7 +287,9 @@ def _choose(
             edited = dict(weights)
             for name, mask in masks[key].items():
                 update = merged[name].view(mask.shape) * mask
-                edited[name] = (weights[name].float() + update).to(weights[name].dtype)
+                edited[name] = (weights[name].to(update.dtype) + update).to(weights[name].dtype)
+            for alias, name in engine.aliases.items():
+                edited[alias] = edited[name]
             score = evaluate(key, edited)
             if key not in best or score > best[key][0]:
                 best[key] = (score, candidate)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .cells import Cell, CellFunction, Entry, Sums, magnitude_sum
 from .noise import uniform_words
+from .schedule import NUMBER
 from .select import Cut, cuts, keep_count
 
 Weight = float | Sequence[float]
@@ -135,7 +136,7 @@ def at_depth(value: Weight, depth: float) -> float:
     >>> at_depth([0.0, 1.0, 0.5], 0.75)
     0.75
     """
-    if isinstance(value, (int, float)):
+    if isinstance(value, NUMBER):
         return float(value)
     place = depth * (len(value) - 1)
     low = min(int(place), max(len(value) - 2, 0))
@@ -145,8 +146,11 @@ def at_depth(value: Weight, depth: float) -> float:
 
 def check_weights(weights: Sequence[Weight] | None) -> Sequence[Weight] | None:
     """Raise ValueError unless every weight, or member of a gradient, is a finite number."""
-    for weight in weights or ():
-        values = [weight] if isinstance(weight, (int, float)) else list(weight)
+    if weights is None:
+        return None
+    weights = list(weights)  # an array, too
+    for weight in weights:
+        values = [weight] if isinstance(weight, NUMBER) else list(weight)
         if not values or not all(math.isfinite(value) for value in values):
             raise ValueError(f"weights must be finite numbers or lists of them, got {weight!r}")
     return weights

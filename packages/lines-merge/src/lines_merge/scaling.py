@@ -13,9 +13,9 @@ from torch import Tensor
 from .cells import Cell
 from .depth import DepthMap
 from .engine import Engine, Sink
-from .errors import LargeAlphaWarning, ZeroTaskVectorError
+from .errors import LargeAlphaWarning, OverflowWarning, ZeroTaskVectorError
 from .merges import BaseMerge, Merge
-from .schedule import Outside, check_finite, factors, position, resolve_depth
+from .schedule import NUMBER, Outside, check_finite, factors, position, resolve_depth
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -79,12 +79,12 @@ class Scaling:
         """Whether the factors differ between tensors."""
         return self.lines and (self.beta != 0 or self.outside not in ("alpha", "depth"))
 
-    def factors(self, names: Sequence[str], alpha: float) -> dict[str, float]:
-        """Return the factor of every tensor."""
+    def factors(self, sizes: Mapping[str, int], alpha: float) -> dict[str, float]:
+        """Return the factor of every tensor, given their numbers of elements."""
         if not self.needs_depth:
-            values = dict.fromkeys(names, float(alpha))
+            values = dict.fromkeys(sizes, float(alpha))
         else:
-            depth = resolve_depth(self.depth, names, allow_gaps=self.allow_gaps)
+            depth = resolve_depth(self.depth, sizes, allow_gaps=self.allow_gaps, sizes=sizes)
             values = factors(
                 depth,
                 alpha,
@@ -95,7 +95,7 @@ class Scaling:
             )
         if self.buffers != "scale":
             fixed = 0.0 if self.buffers == "base" else 1.0
-            values.update({n: fixed for n in names if n.rpartition(".")[2] in _STATISTICS})
+            values.update({n: fixed for n in sizes if n.rpartition(".")[2] in _STATISTICS})
         return values
 
 
@@ -108,6 +108,7 @@ class Plan:
     scaling: Scaling
     alpha: float
     seen: list[bool] = field(default_factory=lambda: [False])
+    overflow: list[str] = field(default_factory=list)
 
     def kernel(
         self, factors: Sequence[Mapping[str, float]]
@@ -115,14 +116,27 @@ class Plan:
         """Return the function that merges, scales and rounds one cell, once for each set of factors."""
         watch = self.scaling.lines and self.scaling.alpha == "auto"
 
+        copied = _STATISTICS if self.scaling.buffers == "finetuned" else ()
+
         def work(cell: Cell, outs: Sequence[Tensor]) -> None:
+            if cell.name.rpartition(".")[2] in copied:
+                for out in outs:
+                    out.copy_(cell.raw_models[0])
+                return
             merged = self.method(cell.base, cell.deltas, cell)
             if watch and not self.seen[0] and bool(merged.any()):
                 self.seen[0] = True
             for table, out in zip(factors, outs, strict=True):
                 combine(cell, merged, table[cell.name], out)
+                if out.dtype == torch.float16 and not self.overflow:
+                    self._look_for_overflow(cell.name, out)
 
         return work
+
+    def _look_for_overflow(self, name: str, out: Tensor) -> None:
+        """Note the first result beyond the range of float16; inputs with infinities are the caller's."""
+        if not self.engine.allow_nonfinite and not bool(torch.isfinite(out).all()):
+            self.overflow.append(name)
 
     def write(self, sinks: Sequence[Sink], factors: Sequence[Mapping[str, float]]) -> None:
         """Write the result; once more for tensors whose statistics came late.
@@ -138,6 +152,13 @@ class Plan:
                 self.engine.write(kernel, sinks, late)
         if self.scaling.lines and self.scaling.alpha == "auto" and not self.seen[0]:
             raise zero_vector()
+        if self.overflow:
+            warnings.warn(
+                f"{self.overflow[0]!r} of the result holds infinities: values beyond 65504, the largest "
+                "of float16; dtype=torch.bfloat16 or torch.float32 holds them",
+                OverflowWarning,
+                stacklevel=4,
+            )
 
 
 def zero_vector() -> ZeroTaskVectorError:
@@ -189,19 +210,19 @@ def prepare(engine: Engine, method: Merge, scaling: Scaling) -> Plan:
     """
     if scaling.buffers == "finetuned" and engine.num_models > 1:
         raise ValueError("buffers='finetuned' needs a single model; use 'base' or 'scale'")
-    names = [entry.name for entry in engine.merged()]
+    sizes = engine.sizes()
     # before the passes: a model whose depth cannot be read should not be read at all
-    scaling.factors(names, 1.0)
+    scaling.factors(sizes, 1.0)
     if _has_gradient(method):
-        depth = resolve_depth(scaling.depth, names, allow_gaps=scaling.allow_gaps)
-        engine.depth = {name: position(name, depth[name]) for name in names}
+        depth = resolve_depth(scaling.depth, sizes, allow_gaps=scaling.allow_gaps, sizes=sizes)
+        engine.depth = {name: position(name, depth[name]) for name in sizes}
     method.prepare(engine)
     return Plan(engine, method, scaling, _alpha(engine, method, scaling))
 
 
 def _has_gradient(method: Merge) -> bool:
     weights = getattr(method, "weights", None) or ()
-    return any(not isinstance(weight, (int, float)) for weight in weights)
+    return any(not isinstance(weight, NUMBER) for weight in weights)
 
 
 def _alpha(engine: Engine, method: Merge, scaling: Scaling) -> float:

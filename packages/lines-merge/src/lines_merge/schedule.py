@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
 
 from .depth import Block, DepthMap
+
+NUMBER = (int, float, np.integer, np.floating)
+"""What counts as a number where a factor is meant; a bool does not."""
 
 Outside = str | float | Callable[[str], float]
 
@@ -22,7 +27,9 @@ _BEHIND = re.compile(
 def check_finite(**values: float) -> None:
     """Raise ValueError for a factor that is NaN or infinite, TypeError for what is no number."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(
+            value, NUMBER
+        ):  # NumPy's scalars are real, too
             raise TypeError(f"{name} must be a finite number, got {value!r}")
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
@@ -137,6 +144,7 @@ def scales(
     outside: Outside = "alpha",
     towers: str = "separate",
     allow_gaps: bool = False,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """Return the LiNeS factor of every parameter name (Eq. 1).
 
@@ -149,21 +157,26 @@ def scales(
         outside: see `factors`.
         towers: see `factors`.
         allow_gaps: see `DepthMap.from_names`.
+        sizes: see `DepthMap.from_names`.
 
     Example:
         >>> scales(["blocks.0.w.a", "blocks.1.w.a", "blocks.2.w.a", "head.a"], 0.2, 0.8)
         {'blocks.0.w.a': 0.2, 'blocks.1.w.a': 0.6000000000000001, 'blocks.2.w.a': 1.0, 'head.a': 0.2}
     """
     names = list(names)
-    resolved = resolve_depth(depth, names, allow_gaps=allow_gaps)
+    resolved = resolve_depth(depth, names, allow_gaps=allow_gaps, sizes=sizes)
     values = factors(resolved, alpha, beta, schedule=schedule, outside=outside, towers=towers)
     return {name: values[name] for name in names}
 
 
 def resolve_depth(
-    depth: DepthMap | str, names: Iterable[str], *, allow_gaps: bool = False
+    depth: DepthMap | str,
+    names: Iterable[str],
+    *,
+    allow_gaps: bool = False,
+    sizes: Mapping[str, int] | None = None,
 ) -> DepthMap:
     """Return the map for these names."""
     if isinstance(depth, DepthMap):
         return depth.resolve(names)
-    return DepthMap.from_names(names, depth, allow_gaps=allow_gaps)
+    return DepthMap.from_names(names, depth, allow_gaps=allow_gaps, sizes=sizes)

@@ -59,6 +59,15 @@ class Cut:
     value: float
     last: tuple[str, int] | None = None
 
+    def mask(self, name: str, start: int, values: Tensor) -> Tensor:
+        """Return which entries of a cell survive."""
+        magnitudes = values.double().abs_()  # the value need not be a number of their dtype
+        index = torch.arange(start, start + len(values))
+        if self.last is None or name < self.last[0]:
+            return magnitudes >= self.value
+        ties = index <= self.last[1] if name == self.last[0] else torch.zeros_like(index).bool()
+        return (magnitudes > self.value) | ((magnitudes == self.value) & ties)
+
     def apply(self, name: str, start: int, values: Tensor) -> None:
         """Set what is trimmed from a cell to zero, in place."""
         if self.value == 0:

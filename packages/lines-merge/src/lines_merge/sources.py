@@ -201,7 +201,8 @@ def label_models(
             raise TypeError("models must be a sequence or a mapping of sources; wrap one in a list")
         keys, sources = [str(key) for key in models], list(models.values())
     else:
-        keys, sources = [str(i) for i in range(len(models))], list(models)
+        sources = list(models)
+        keys = [str(i) for i in range(len(sources))]
     if not sources:
         raise ValueError("no model to merge: pass at least one")
     return keys, sources

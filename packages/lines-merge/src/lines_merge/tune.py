@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .depth import DepthMap
-from .errors import KeyMismatchError
+from .errors import KeyMismatchError, ShapeMismatchError
 from .families import strip_wrappers
 from .schedule import Outside, check_finite, scales
 from .sources import StateDict
@@ -117,6 +117,7 @@ class Tuner:
 
     Raises:
         KeyMismatchError: `base` or `live` lacks a name of `update`.
+        ShapeMismatchError: a shape differs.
     """
 
     def __init__(
@@ -132,17 +133,31 @@ class Tuner:
     ) -> None:
         if outside not in ("alpha", "depth"):
             raise ValueError(f"outside must be 'alpha' or 'depth' here, got {outside!r}")
+        update = {name: update[name] for name in update}
         names = list(update)
         for label, state in (("the base", base), ("the model", live)):
             missing = [name for name in names if name not in state]
             if missing:
                 raise KeyMismatchError(f"{label} lacks {missing[:10]}")
+            for name in names:
+                if state[name].shape != update[name].shape:
+                    raise ShapeMismatchError(
+                        f"{name!r} has shape {tuple(state[name].shape)} in {label} and "
+                        f"{tuple(update[name].shape)} in the update"
+                    )
         # factors are alpha + beta * x, and x is the factor at alpha = 0, beta = 1
         self._depth = scales(
-            names, 0.0, 1.0, depth=depth, schedule=schedule, outside=outside, towers=towers
+            names,
+            0.0,
+            1.0,
+            depth=depth,
+            schedule=schedule,
+            outside=outside,
+            towers=towers,
+            sizes={name: value.numel() for name, value in update.items()},
         )
         self._base = {name: base[name].detach() for name in names}
-        self._update = {name: update[name] for name in names}
+        self._update = update
         self._live: dict[str, Tensor] = {}
         self.bind(live)
 
@@ -161,6 +176,8 @@ class Tuner:
                 torch.add(base, update, alpha=factor, out=target.detach())
             else:
                 target.copy_(base.to(update.device) + factor * update)
+            if name.endswith("running_var"):
+                target.detach().clamp_min_(0)
 
 
 class ScaledModel:

@@ -14,8 +14,8 @@ from torch import Tensor
 from .cells import CELL, Sums, magnitude_sum
 from .depth import DepthMap
 from .errors import KeyMismatchError, ShapeMismatchError
-from .schedule import Outside, check_finite, scales
-from .sources import FLOATS, Source, TensorSource, open_source
+from .schedule import NUMBER, Outside, check_finite, scales
+from .sources import FLOATS, Source, TensorSource, check_dtype, open_source
 
 Mask = Mapping[str, Tensor]
 
@@ -32,8 +32,8 @@ class _Term:
 
     def value(self, name: str) -> Tensor:
         info = self.base.tensors[name]
-        base = self.base.read(name, 0, info.numel)
-        tuned = self.finetuned.read(name, 0, info.numel)
+        base = self.base.read(self.base.aliases.get(name, name), 0, info.numel)
+        tuned = self.finetuned.read(self.finetuned.aliases.get(name, name), 0, info.numel)
         wide = torch.float64 in (base.dtype, tuned.dtype)
         dtype = torch.float64 if wide else torch.float32
         delta = torch.sub(tuned.to(dtype), base.to(dtype)).view(info.shape)
@@ -58,6 +58,7 @@ class TaskVector(Mapping[str, Tensor]):
     Raises:
         KeyMismatchError: different tensors.
         ShapeMismatchError: different shapes.
+        UnsupportedDtypeError: quantised tensors, float8.
 
     Example:
         >>> base, tuned = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([2.0, 0.0])}
@@ -68,6 +69,9 @@ class TaskVector(Mapping[str, Tensor]):
 
     def __init__(self, base: Source, finetuned: Source) -> None:
         first, second = open_source(base, "base"), open_source(finetuned, "fine-tuned model")
+        for source in (first, second):
+            for name, info in source.tensors.items():
+                check_dtype(name, info, source.label, dtype_given=False)
         for name in set(first.tensors) ^ set(second.tensors):
             raise KeyMismatchError(f"{name!r} is in one of {first.label} and {second.label} only")
         for name, info in first.tensors.items():
@@ -91,10 +95,16 @@ class TaskVector(Mapping[str, Tensor]):
             values[0] = values[0] + value
         return values[0]
 
+    def _ties(self) -> dict[str, str]:
+        """Names of tensors that base and models tie to another one: one parameter, counted once."""
+        sources = [source for term in self._terms for source in (term.base, term.finetuned)]
+        first, *others = [source.aliases for source in sources]
+        return {a: b for a, b in first.items() if all(more.get(a) == b for more in others)}
+
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of floating-point tensors."""
-        tensors = self._terms[0].base.tensors
-        return (name for name, info in tensors.items() if info.dtype in FLOATS)
+        """Iterate over the names of floating-point tensors; of tied ones over the first."""
+        tensors, ties = self._terms[0].base.tensors, self._ties()
+        return (n for n, info in tensors.items() if info.dtype in FLOATS and n not in ties)
 
     def __len__(self) -> int:
         """Return the number of tensors."""
@@ -130,18 +140,21 @@ class TaskVector(Mapping[str, Tensor]):
 
     def __mul__(self, factor: float) -> TaskVector:
         """Multiply by a number."""
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        if isinstance(factor, bool) or not isinstance(factor, NUMBER):
             return NotImplemented
         check_finite(factor=factor)
+        factor = float(factor)
         return self._each(lambda term: replace(term, coefficient=term.coefficient * factor))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> TaskVector:
         """Divide by a number."""
-        if isinstance(divisor, bool) or not isinstance(divisor, (int, float)):
+        if isinstance(divisor, bool) or not isinstance(divisor, NUMBER):
             return NotImplemented
-        return self * (1 / divisor)
+        return self * (1 / float(divisor))
+
+    __array_ufunc__ = None  # a NumPy number on the left leaves the product to __rmul__
 
     # Mappings compare by content, which would read both checkpoints
     __eq__ = object.__eq__
@@ -173,8 +186,16 @@ class TaskVector(Mapping[str, Tensor]):
         towers: str = "separate",
     ) -> TaskVector:
         """Return the update with LiNeS factors (Eq. 1); see `scales`."""
+        names = list(self)
         factors = scales(
-            list(self), alpha, beta, depth=depth, schedule=schedule, outside=outside, towers=towers
+            names,
+            alpha,
+            beta,
+            depth=depth,
+            schedule=schedule,
+            outside=outside,
+            towers=towers,
+            sizes={name: self._terms[0].base.tensors[name].numel for name in names},
         )
         return self._each(lambda term: replace(term, factors=(*term.factors, factors)))
 
@@ -190,7 +211,7 @@ class TaskVector(Mapping[str, Tensor]):
         return self._each(lambda term: replace(term, masks=(*term.masks, mask)))
 
     def apply(self, base: Source, scale: float = 1.0) -> dict[str, Tensor]:
-        """Return base + scale * tau, rounded once to the dtype of the base.
+        """Return base + scale * tau, rounded once to the dtype of the base; variances stay at least 0.
 
         Args:
             base: the weights to add the update to; tensors without an update are copied.
@@ -208,7 +229,12 @@ class TaskVector(Mapping[str, Tensor]):
                 delta = self[name]
                 total = weights.to(torch.promote_types(delta.dtype, weights.dtype)) + scale * delta
                 weights = torch.where(delta == 0, weights, total.to(info.dtype))
+                if name.endswith("running_var"):
+                    weights.clamp_min_(0)
             result[name] = weights
+        for alias, name in self._ties().items():
+            if alias in result and name in result:
+                result[alias] = result[name]
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:

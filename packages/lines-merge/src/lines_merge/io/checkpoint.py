@@ -33,6 +33,7 @@ class FileSource:
         self, label: str, files: Sequence[ReadFile], where: Mapping[str, int] | None
     ) -> None:
         self.label, self._files = label, files
+        self.origin: Path | None = None  # what `open_checkpoint` was given
         self._stored: dict[str, tuple[ReadFile, Stored]] = {}
         for number, file in enumerate(files):
             for name, stored in read_header(file).items():
@@ -50,6 +51,10 @@ class FileSource:
             name: stored.info for name, (_, stored) in self._stored.items()
         }
         self.aliases: Mapping[str, str] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by path: the copy opens the files again."""
+        return open_checkpoint, (self.origin,)
 
     def read(self, name: str, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
         """Read elements start..stop into the buffer (a new one if there is none)."""
@@ -83,10 +88,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource:
     if path.is_dir():
         source = open_checkpoint(_in_folder(path))
         if isinstance(source, FileSource):
-            source.aliases = _tied_head(path, source.tensors)
+            source.aliases, source.origin = _tied_head(path, source.tensors), path
         return source
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
+    source = _open_file(path)
+    if isinstance(source, FileSource):
+        source.origin = path
+    return source
+
+
+def _open_file(path: Path) -> TensorSource:
     label = str(path.parent if path.name in {*_INDEXES, *_WHOLE} else path)
     if path.suffix == ".gguf":
         raise UnsupportedDtypeError(f"{path}: GGUF holds quantised weights; dequantise first")

@@ -32,6 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _KNOWN_ELSEWHERE = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "U16", "U32", "U64", "C64"}
 _LONGEST = 100_000_000  # as in the reference implementation
+_LARGEST = 2**63 - 1  # of a dimension
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,12 @@ def _tensor(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
         raise UnsupportedDtypeError(f"{name!r} is {kind}, which has no merge; dequantise first")
     if not isinstance(kind, str) or kind not in DTYPES:
         raise ValueError(f"{name!r} has dtype {kind!r}")
-    if not _counts(shape):
+    if not _counts(shape) or any(size > _LARGEST for size in shape):
         raise ValueError(f"{name!r} has shape {shape!r}")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name {name!r} is no text") from error
     if not _counts(offsets) or len(offsets) != 2:
         raise ValueError(f"{name!r} has data_offsets {offsets!r}")
     info = TensorInfo(DTYPES[kind], tuple(shape))
@@ -125,6 +130,8 @@ class Layout:
 
 def layout(tensors: Mapping[str, TensorInfo]) -> Layout:
     """Lay tensors out without gaps, wide dtypes first so that each is aligned, then by name."""
+    if "__metadata__" in tensors:
+        raise ValueError("a tensor cannot be called '__metadata__': the format reserves the name")
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -80,10 +81,14 @@ def check_target(folder: Path, sources: Sequence[Source], overwrite: bool) -> No
     for source in sources:
         if isinstance(source, (str, os.PathLike)):
             path = Path(source).resolve()
-            if resolved in {path, path.parent if path.is_file() else path}:
-                raise ValueError(f"out_dir {folder} is the folder of an input")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise FileExistsError(f"{folder} exists and is not empty; overwrite=True replaces it")
+            if resolved == path or resolved in path.parents:
+                raise ValueError(f"out_dir {folder} is or holds an input, {source}")
+    if resolved.exists() and not resolved.is_dir():
+        raise FileExistsError(f"out_dir {folder} is a file; give a folder")
+    if resolved.exists() and any(resolved.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{folder} exists and is not empty; pass overwrite (--overwrite) to replace it"
+        )
 
 
 def check_space(folders: Sequence[Path], size: int) -> None:
@@ -98,16 +103,34 @@ def check_space(folders: Sequence[Path], size: int) -> None:
 
 
 def temporary(folder: Path) -> Path:
-    """Create the folder that will be renamed."""
+    """Create the folder that will be renamed; what killed runs left under such names goes."""
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        if not _runs(left.name.rpartition("-")[2]):
+            shutil.rmtree(left, ignore_errors=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     return partial
 
 
+def _runs(pid: str) -> bool:
+    """Whether a process of this number runs, as far as the platform can tell."""
+    if os.name != "posix" or not pid.isdecimal():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
 def publish(partial: Path, target: Path) -> None:
     """Give the finished folder its name; what was there goes once the new one is in place."""
+    target = target.resolve()  # a link goes on pointing to the result
     old = None
     if target.exists():
         if target.is_dir() and not any(target.iterdir()):
@@ -117,14 +140,14 @@ def publish(partial: Path, target: Path) -> None:
             os.replace(target, old)
     os.replace(partial, target)
     sync_folder(target.parent)
-    if old is not None and old.is_dir():
+    if old is not None:
         shutil.rmtree(old)
-    elif old is not None:
-        old.unlink()
 
 
-def copy_companions(base: Source, folder: Path, dtype: torch.dtype | None) -> None:
-    """Copy config, tokenizer and the like; note a new dtype in the config."""
+def copy_companions(
+    base: Source, folder: Path, dtype: torch.dtype | None, *, untied: bool = False
+) -> None:
+    """Copy config, tokenizer and the like; note a new dtype, and an untied head, in the config."""
     if not isinstance(base, (str, os.PathLike)) or not Path(base).is_dir():
         return
     for path in sorted(Path(base).iterdir()):
@@ -132,9 +155,11 @@ def copy_companions(base: Source, folder: Path, dtype: torch.dtype | None) -> No
         if path.is_file() and path.suffix in _COPIED and not weights:
             shutil.copyfile(path, folder / path.name)
     config = folder / "config.json"
-    if dtype is not None and config.exists():
+    if (dtype is not None or untied) and config.exists():
         content = json.loads(config.read_text(encoding="utf-8"))
         for key in ("torch_dtype", "dtype"):
-            if key in content:
+            if dtype is not None and key in content:
                 content[key] = str(dtype).removeprefix("torch.")
+        if untied:
+            content["tie_word_embeddings"] = False
         config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,11 @@ from contextlib import contextmanager
 def progress_bar(
     progress: bool | Callable[[int, int], None], total: int
 ) -> Iterator[Callable[[int], None] | None]:
-    """Return what the engine calls after each chunk: a bar, the caller's function, or nothing."""
+    """Return what the engine calls after each chunk: a bar, the caller's function, or nothing.
+
+    `total` is an estimate for methods that sample or pass once more over some tensors; the amount that
+    is shown never exceeds it.
+    """
     if progress is False:
         yield None
         return
@@ -23,14 +27,14 @@ def progress_bar(
             bar: Callable[[int, int], None] = _Bar()
         else:
             with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr) as meter:
-                yield lambda count: (meter.update(count), None)[1]
+                yield lambda count: (meter.update(min(count, total - meter.n)), None)[1]
             return
     else:
         bar = progress
 
     def advance(count: int) -> None:
         nonlocal done
-        done += count
+        done = min(done + count, total)
         bar(done, total)
 
     yield advance

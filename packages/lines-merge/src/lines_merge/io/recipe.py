@@ -38,6 +38,8 @@ def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     recipe = content.get("recipe", content)
     if not isinstance(recipe, dict) or not {"base", "models"} <= set(recipe):
         raise ValueError(f"{path}: a recipe has base and models, or merge_method and models")
+    if "out_dir" in recipe:
+        raise ValueError(f"{path}: out_dir is given with the run, not in the recipe")
     return dict(recipe)
 
 
@@ -77,12 +79,12 @@ def from_common_yaml(content: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(content) - _TOP)
     if unknown:
         raise ValueError(f"recipe entries without counterpart: {', '.join(unknown)}")
-    shared = dict(content.get("parameters") or {})
+    shared = _table(content.get("parameters"), "parameters")
     entries = content.get("models")
     if not isinstance(entries, list) or not entries:
         raise ValueError("the recipe lists no models")
     base = content.get("base_model")
-    rows = [(_path(entry), {**shared, **(entry.get("parameters") or {})}) for entry in entries]
+    rows = [(_path(entry), {**shared, **_own(entry)}) for entry in entries]
     if base is None:
         if method != "linear":
             raise ValueError(f"merge_method {method} needs base_model")
@@ -97,7 +99,9 @@ def from_common_yaml(content: Mapping[str, Any]) -> dict[str, Any]:
     kept = [t for t, (path, _) in enumerate(rows) if path != base]
     if method in {"linear", "task_arithmetic"}:
         if normalize:
-            weights = _normalized(weights)
+            # the base is one of the models of an average; it has no task vector to weigh
+            counted = range(len(rows)) if method == "linear" else kept
+            weights = _normalized(weights, counted)
         elif method == "linear" and abs(sum(_plain(weights)) - 1) > 1e-6:
             raise ValueError("linear with normalize: false needs weights that sum to 1")
         result["method"] = "task_arithmetic"
@@ -126,6 +130,17 @@ def from_common_yaml(content: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _table(value: Any, name: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a mapping, got {value!r}")
+    return dict(value or {})
+
+
+def _own(entry: Any) -> dict[str, Any]:
+    parameters = entry.get("parameters") if isinstance(entry, Mapping) else None
+    return _table(parameters, "parameters of a model")
+
+
 def _path(entry: Any) -> str:
     model = entry.get("model") if isinstance(entry, Mapping) else entry
     if isinstance(model, Mapping):
@@ -150,9 +165,11 @@ def _plain(weights: Sequence[float | list[float]]) -> list[float]:
     return [weight for weight in weights if not isinstance(weight, list)]
 
 
-def _normalized(weights: Sequence[float | list[float]]) -> list[float | list[float]]:
+def _normalized(
+    weights: Sequence[float | list[float]], counted: Sequence[int]
+) -> list[float | list[float]]:
     plain = _plain(weights)
-    total = sum(plain)
+    total = sum(plain[t] for t in counted)
     if total == 0:
         raise ValueError("weights that sum to 0 cannot be normalised")
     return [weight / total for weight in plain]

@@ -107,6 +107,7 @@ def merge_files(
         CheckpointError: a damaged or unsafe input.
     """
     arguments = {key: value for key, value in locals().items() if key in _MERGE_ARGUMENTS}
+    models = models if isinstance(models, Mapping) else _listed(models)
     (report,) = _run(base, models, [Path(out_dir)], [beta], arguments, method_arguments)
     return report
 
@@ -193,6 +194,12 @@ def plan_files(
             job.engine.threads,
             len(layouts),
         )
+
+
+def _listed(models: Sequence[Source]) -> Sequence[Source]:
+    """Return the models of an iterator as a list; what is one model goes on to be refused."""
+    single = isinstance(models, (str, os.PathLike, torch.nn.Module))
+    return models if single else list(models)
 
 
 @dataclass
@@ -305,13 +312,12 @@ def _write(
 ) -> list[MergeReport]:
     """Run the passes, write every result under a temporary name, rename."""
     engine = job.engine
-    names = [entry.name for entry in engine.merged()]
     with one_thread_each(), engine.hold():
         plan = prepare(engine, job.method, job.scaling)
         tables = []
         for beta in betas:
             scaling = Scaling(**{**vars(job.scaling), "beta": beta})
-            tables.append(scaling.factors(names, plan.alpha))
+            tables.append(scaling.factors(engine.sizes(), plan.alpha))
         partial = [temporary(folder) for folder in folders]
         sinks: list[FileSink] = []
         try:
@@ -323,7 +329,9 @@ def _write(
             for sink, folder, target, beta in zip(sinks, partial, folders, betas, strict=True):
                 sink.finish()
                 recipe = make_recipe(base, models, beta, arguments, method_arguments)
-                copy_companions(base, folder, parse_dtype(arguments.get("dtype")))
+                untied = set(engine.base.aliases) > set(engine.aliases)
+                dtype = parse_dtype(arguments.get("dtype"))
+                copy_companions(base, folder, dtype, untied=untied)
                 if recipe is not None:
                     note = {"recipe": recipe, "alpha": plan.alpha}
                     (folder / RECIPE).write_text(json.dumps(note, indent=2) + "\n", "utf-8")
