@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import math
 import struct
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lookahead_minmax.cli import main
 from lookahead_minmax.gan import data, models
 from lookahead_minmax.gan.train import Recipe, feature_extractor, train
 from lookahead_minmax.gan.unrolled import unroll_adam
@@ -255,3 +257,34 @@ def test_unrolled_gan_trains_and_no_unrolled_step_is_alternating_descent() -> No
     assert none.live == alternating.live
     assert some.live != alternating.live
     assert all(map(math.isfinite, some.live))
+
+
+def test_ring_has_eight_modes_that_its_own_points_cover() -> None:
+    points, modes = data.ring(4000, seed=3)
+    assert torch.equal(points, data.ring(4000, seed=3)[0])
+    for mode, centre in enumerate(data.ring_centres()):
+        own = points[modes == mode]
+        assert abs(float(centre.norm()) - 1) < 1e-6
+        # the mean of about 500 points, five standard errors
+        assert (own.mean(0) - centre).abs().max() < 5 * data.RING_DEVIATION / len(own) ** 0.5
+        assert float((own - centre).std()) == pytest.approx(data.RING_DEVIATION, rel=0.1)
+
+
+def test_ring_gan_reports_its_coverage(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["gan", "--data", "ring", "--rounds", "24", "--k", "5", "--json", "--quiet"]
+    assert main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert 0 <= result["coverage"]["modes"] <= 8
+    assert 0 <= result["coverage"]["quality"] <= 1
+    assert len(result["live"]) == 12
+
+
+def test_every_base_optimizer_trains_and_unrolling_needs_adam() -> None:
+    points, modes = data.ring(200)
+    features = feature_extractor(points, modes, steps=20)
+    common: dict[str, Any] = {"data": "ring", "rounds": 12, "evaluations": 2, "k": (3,)}
+    runs = [train(Recipe(optim=o, **common), points, features) for o in ("adam", "radam", "sgd")]
+    assert len({tuple(run.live) for run in runs}) == 3
+    assert all(math.isfinite(value) for run in runs for value in run.live)
+    with pytest.raises(ValueError, match="differentiates Adam's steps"):
+        train(Recipe(optim="sgd", base="unrolled", **common), points, features)

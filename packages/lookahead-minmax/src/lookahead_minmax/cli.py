@@ -47,9 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     spectrum.add_argument("--suggest", action="store_true", help="also return the best k")
 
     gan = commands.add_parser("gan", parents=[common], help="train a GAN and watch its distance")
-    gan.add_argument("--data", choices=("digits", "mnist"), default="digits")
+    gan.add_argument("--data", choices=("digits", "ring", "mnist"), default="digits")
     gan.add_argument("--data-dir", type=Path, help="folder with the files of MNIST")
     gan.add_argument("--base", choices=("alt", "extra", "unrolled"), default="alt")
+    gan.add_argument("--optim", choices=("adam", "radam", "sgd"), default="adam")
     gan.add_argument("--rounds", type=int, default=3000)
     gan.add_argument("--d-iters", type=int, default=1)
     gan.add_argument("--unroll", type=int, default=20, help="steps (--base unrolled)")
@@ -139,9 +140,12 @@ def _spectrum(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _gan(arguments: argparse.Namespace) -> dict[str, Any]:
     from lookahead_minmax.gan import data, train
+    from lookahead_minmax.metrics import mode_coverage
 
     if arguments.data == "digits":
         images, labels = data.digits()
+    elif arguments.data == "ring":
+        images, labels = data.ring(seed=arguments.seed)
     else:
         images, labels = data.mnist(arguments.data_dir)
     recipe = train.Recipe(
@@ -152,6 +156,7 @@ def _gan(arguments: argparse.Namespace) -> dict[str, Any]:
         rounds=arguments.rounds,
         d_iters=arguments.d_iters,
         unroll=arguments.unroll,
+        optim=arguments.optim,
         lr=arguments.lr,
         ema=arguments.ema,
         seed=arguments.seed,
@@ -168,7 +173,12 @@ def _gan(arguments: argparse.Namespace) -> dict[str, Any]:
 
         _save(plot_gan_curves({"run": [curve]}), arguments.out)
     which = ["live", "ema", *(["ema_slow"] if curve.ema_slow else [])]
-    return {**curve.as_dict(), "summary": {name: curve.summary(name) for name in which}}
+    result = {**curve.as_dict(), "summary": {name: curve.summary(name) for name in which}}
+    if arguments.data == "ring":
+        radius = 3 * data.RING_DEVIATION
+        coverage = mode_coverage(curve.samples, data.ring_centres(), radius)
+        result["coverage"] = {"modes": coverage.modes, "quality": coverage.quality}
+    return result
 
 
 def _save(axes: Any, folder: Path) -> None:

@@ -39,6 +39,29 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.as_tensor(data, dtype=torch.float32) / 8 - 1, torch.as_tensor(target).long()
 
 
+RING_DEVIATION = 0.02
+"""Standard deviation of each mode of the ring, whose radius is 1."""
+
+
+def ring_centres() -> Tensor:
+    """Return the eight modes of the ring, (8, 2), on the unit circle."""
+    angles = torch.arange(8) * (torch.pi / 4)
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def ring(count: int = 2000, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return points (count, 2) of the mixture of eight Gaussians on a ring, and their modes (count,).
+
+    Args:
+        count: number of points.
+        seed: of modes and noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    modes = torch.randint(8, (count,), generator=generator)
+    noise = torch.randn(count, 2, generator=generator)
+    return ring_centres()[modes] + RING_DEVIATION * noise, modes
+
+
 def default_folder() -> Path:
     """Return the user's cache folder for data."""
     if sys.platform == "win32":

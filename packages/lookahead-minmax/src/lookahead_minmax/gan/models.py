@@ -23,6 +23,11 @@ def digits_pair(latent: int = 32) -> tuple[nn.Module, nn.Module]:
     return mlp(latent, 128, 128, 64, output=nn.Tanh()), mlp(64, 128, 128, 1)
 
 
+def ring_pair(latent: int = 16) -> tuple[nn.Module, nn.Module]:
+    """Return generator latent-128-128-2 and discriminator 2-128-128-1 for the ring of Gaussians."""
+    return mlp(latent, 128, 128, 2), nn.Sequential(*mlp(2, 128, 128, 1), nn.Flatten(0))
+
+
 def dcgan28() -> tuple[nn.Module, nn.Module]:
     """Return the paper's MNIST pair: noise (n, 128, 1, 1) to images (n, 1, 28, 28), images to logits (n,).
 

@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lookahead_minmax import EMA, ExtraGradient, LookaheadMinmax
-from lookahead_minmax.gan.models import dcgan28, digits_pair, mlp
+from lookahead_minmax.gan.models import dcgan28, digits_pair, mlp, ring_pair
 from lookahead_minmax.gan.unrolled import unroll_adam
 from lookahead_minmax.metrics import feature_distance
+
+NETWORKS: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], tuple[int, ...]]] = {
+    "digits": (digits_pair, (32,)),
+    "ring": (ring_pair, (16,)),
+    "mnist": (dcgan28, (128, 1, 1)),
+}
+"""For each data set, how to build generator and discriminator, and the shape of the noise."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,8 @@ class Recipe:
     """What a run is.
 
     Attributes:
-        data: "digits" (MLPs, 32-dimensional noise) or "mnist" (the paper's DCGAN).
+        data: "digits" (MLPs, 32-dimensional noise), "ring" (MLPs, eight Gaussians in the plane) or "mnist"
+            (the paper's DCGAN).
         base: "alt" (alternating), "extra" (extragradient in the authors' "opponent" mode) or "unrolled"
             (alternating, the generator's gradient through the discriminator's next `unroll` steps).
         k: rounds between synchronisations, one for each level; empty is the base method.
@@ -29,21 +37,23 @@ class Recipe:
         rounds: of r discriminator steps and one generator step.
         d_iters: r.
         unroll: steps of the discriminator that the generator sees; 20 is the paper's on MNIST.
-        lr: Adam's, both players.
-        betas: Adam's.
+        optim: "adam", "radam" or "sgd", both players ("unrolled" needs Adam).
+        lr: step size, both players.
+        betas: Adam's and RAdam's.
         batch_size: of real images and of noise.
         ema: decay of the generator's EMA.
         evaluations: how often the distance is measured, evenly spaced.
         seed: of networks, batches and noise.
     """
 
-    data: Literal["digits", "mnist"] = "digits"
+    data: Literal["digits", "ring", "mnist"] = "digits"
     base: Literal["alt", "extra", "unrolled"] = "alt"
     k: tuple[int, ...] = ()
     alpha: float = 0.5
     rounds: int = 3000
     d_iters: int = 1
     unroll: int = 20
+    optim: Literal["adam", "radam", "sgd"] = "adam"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.0, 0.9)
     batch_size: int = 50
@@ -62,7 +72,7 @@ class Curve:
         live: of the generator that is being trained.
         ema: of its exponential moving average.
         ema_slow: of the moving average that is updated at synchronisations; empty without lookahead.
-        samples: 25 images of the last live generator.
+        samples: 25 images of the last live generator (on the ring, 1,000 points).
     """
 
     recipe: Recipe
@@ -113,6 +123,13 @@ def feature_extractor(
     return nn.Sequential(nn.Flatten(), *list(classifier)[:-1]).eval().requires_grad_(False)
 
 
+def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+    if recipe.optim == "sgd":
+        return torch.optim.SGD(network.parameters(), lr=recipe.lr)
+    kind = torch.optim.RAdam if recipe.optim == "radam" else torch.optim.Adam
+    return kind(network.parameters(), lr=recipe.lr, betas=recipe.betas)
+
+
 def train(
     recipe: Recipe,
     images: Tensor,
@@ -123,16 +140,19 @@ def train(
 
     Args:
         recipe: the settings.
-        images: real images, (n, 64) for digits, (n, 1, 28, 28) for MNIST, in [-1, 1].
+        images: real images, (n, 64) for digits, (n, 2) for the ring, (n, 1, 28, 28) for MNIST, in [-1, 1].
         features: maps images to features for the Fréchet distance.
         progress: called with (rounds done, distance of the live generator).
+
+    Raises:
+        ValueError: base "unrolled" with another optimizer than Adam.
     """
+    if recipe.base == "unrolled" and recipe.optim != "adam":
+        raise ValueError(f"base 'unrolled' differentiates Adam's steps; optim is {recipe.optim!r}")
     torch.manual_seed(recipe.seed)
-    generator, discriminator = digits_pair() if recipe.data == "digits" else dcgan28()
-    shape = (32,) if recipe.data == "digits" else (128, 1, 1)
-    options = {"lr": recipe.lr, "betas": recipe.betas}
-    opt_g = torch.optim.Adam(generator.parameters(), **options)  # type: ignore[arg-type]
-    opt_d = torch.optim.Adam(discriminator.parameters(), **options)  # type: ignore[arg-type]
+    pair, shape = NETWORKS[recipe.data]
+    generator, discriminator = pair()
+    opt_g, opt_d = (_optimizer(recipe, network) for network in (generator, discriminator))
     players = {"G": opt_g, "D": opt_d}
     ema, ema_slow = EMA(generator, recipe.ema), EMA(generator, recipe.ema)
     lookahead = None
@@ -161,7 +181,9 @@ def train(
     def fill_g() -> None:
         opt_g.zero_grad()
         unroll = recipe.unroll if recipe.base == "unrolled" else 0
-        score = unroll_adam(discriminator, opt_d, loss_d, unroll) if unroll else discriminator
+        score: Callable[[Tensor], Tensor] = discriminator
+        if unroll and isinstance(opt_d, torch.optim.Adam):
+            score = unroll_adam(discriminator, opt_d, loss_d, unroll)
         torch.autograd.backward(F.softplus(-score(generator(noise()))).mean())
 
     def alternating_round() -> None:
@@ -219,5 +241,5 @@ def train(
             if progress is not None:
                 progress(done, curve.live[-1])
     with torch.no_grad():
-        curve.samples = generator(fixed[:25])
+        curve.samples = generator(fixed[: 1000 if recipe.data == "ring" else 25])
     return curve
