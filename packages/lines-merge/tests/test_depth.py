@@ -460,3 +460,12 @@ class TestRealModels:
             model = models.efficientnet_b0()
         with pytest.raises(lm.AmbiguousDepthError):
             lm.DepthMap.from_model(model)
+
+
+def test_a_stack_in_numbered_parts_is_weighed_whole(torchvision_operators: object) -> None:
+    """CoaT: serial blocks in four lists beside the list of parallel blocks."""
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model("coat_tiny")
+    with pytest.raises(lm.AmbiguousDepthError, match="serial_blocks1"):
+        lm.DepthMap.from_model(model)

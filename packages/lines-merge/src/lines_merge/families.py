@@ -364,12 +364,19 @@ def fallback(
     ranked = sorted(other, key=lambda stack: -_share(stack, sizes))
     parent, _, last = ranked[0].path.rpartition(".")
     towers, rivals = [], []
+    # numbered lists of blocks (`serial_blocks1` to `serial_blocks4`) are one stack in parts, which may
+    # be what the model is about though it is smaller: a quarter of the largest makes it a rival
+    parts: dict[str, list[int]] = {}
     for stack in ranked:
+        parts.setdefault(stack.path.rstrip("0123456789"), []).append(_share(stack, sizes))
+    for stack in ranked:
+        shares = parts[stack.path.rstrip("0123456789")]
+        rival_at = 4 if len(shares) > 1 and stack.modules else 2
         stack_parent, _, stack_last = stack.path.rpartition(".")
         if stack is ranked[0] or (stack_last == last and stack_parent != parent):
             towers.append(stack)
         elif (
-            2 * _share(stack, sizes) >= _share(ranked[0], sizes)
+            rival_at * sum(shares) >= _share(ranked[0], sizes)
             or stack.doubtful
             or _numbered_siblings(stack.path, ranked[0].path)
         ):
