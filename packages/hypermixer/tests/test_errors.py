@@ -207,3 +207,20 @@ def test_position_ids():
         layer.write(state, x, position_ids=torch.arange(4))
     with pytest.raises(ValueError, match="position_ids must have shape"):
         layer.read(state, x, position_ids=torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_heads": True}, ValueError, "num_heads must be a positive int, got True"),
+        ({"norm": 3}, TypeError, "norm must be a bool or a module, got 3"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments, error, message):
+    with pytest.raises(error, match=message):
+        HyperMixing(8, 16, **arguments)
+
+
+def test_a_mask_that_is_no_tensor():
+    with pytest.raises(TypeError, match="key_padding_mask must be a tensor, got list"):
+        HyperMixing(8)(torch.zeros(1, 2, 8), key_padding_mask=[[False, True]])

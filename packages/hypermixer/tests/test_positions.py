@@ -146,3 +146,9 @@ def test_token_information_goes_into_the_hypernetworks_only():
 def test_unknown_styles():
     with pytest.raises(ValueError, match="style must be 'sinusoidal' or 'idiap', got 'rope'"):
         sinusoidal_table(3, 4, "rope")
+
+
+def test_learned_positions_before_the_table_are_refused():
+    layer = HyperMixing(8, token_info="learned", max_length=4)
+    with pytest.raises(IndexError, match="position -1 is before the learned table"):
+        layer(torch.zeros(1, 3, 8), position_ids=torch.tensor([-1, 0, 1]))

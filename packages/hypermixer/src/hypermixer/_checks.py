@@ -13,7 +13,7 @@ def is_compiling() -> bool:
 
 def positive(name: str, value: object) -> None:
     """Require an int of at least 1."""
-    if not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
 
 
@@ -63,6 +63,8 @@ def padding_mask(name: str, mask: Tensor | None, batch: int, length: int) -> Ten
     """
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
     if tuple(mask.shape) != (batch, length):
         raise ValueError(f"{name} must have shape {(batch, length)}, got {tuple(mask.shape)}")
     if mask.dtype == torch.bool:

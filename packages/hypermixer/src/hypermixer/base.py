@@ -102,6 +102,8 @@ class HyperMixingBase(nn.Module):
         self.w1 = hypernet()
         self.w2 = None if tied else hypernet()
         self.token_info = make_token_info(token_info, embed_dim, max_length, device, dtype)
+        if not isinstance(norm, (bool, nn.Module)):
+            raise TypeError(f"norm must be a bool or a module, got {norm!r}")
         self.norm: nn.Module | None
         if isinstance(norm, nn.Module):
             self.norm = norm

@@ -200,7 +200,9 @@ class Learned(nn.Module):
         elif is_compiling() or position_ids.numel() == 0:
             last = -1
         else:
-            last = int(position_ids.max())
+            low, last = (int(bound) for bound in position_ids.aminmax())
+            if low < 0:
+                raise IndexError(f"position {low} is before the learned table, which starts at 0")
         if last >= limit:
             raise IndexError(
                 f"position {last} is beyond the learned table of max_length={limit} positions"
