@@ -324,3 +324,21 @@ def test_adapter_dtype_is_respected() -> None:
     with palora.preference(model, [0.5, 0.5]):
         for rows in (1, 64):
             assert model(torch.ones(rows, 4)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_layers_take_their_argument_by_its_own_name(index: int) -> None:
+    net = nn.Sequential(
+        nn.Linear(3, 3),
+        nn.Conv1d(3, 3, 2),
+        nn.Embedding(5, 3),
+        nn.BatchNorm1d(3),
+        nn.Dropout(0.0),
+    )
+    inputs = [torch.randn(4, 3), torch.randn(4, 3, 5), torch.tensor([1, 2]), torch.randn(4, 3)]
+    x = [*inputs, torch.randn(4, 3)][index]
+    expected = net[index](input=x)
+    model = palora.inject(net, 2, rank=1, target=["0", "1", "2"])
+    with palora.preference(model, [0.4, 0.6]):
+        found = model[index](input=x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

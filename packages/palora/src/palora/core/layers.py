@@ -212,14 +212,17 @@ def reset_adapters(layer: AdaptedLayer, init: str, generator: torch.Generator | 
 
 
 class AdaptedLinear(AdaptedLayer):
-    """``nn.Linear`` (or Hugging Face's transposed ``Conv1D``) with T adapters."""
+    """``nn.Linear`` with T adapters."""
 
     def _base(self, x: Tensor) -> Tensor:
         out: Tensor = super().forward(x)  # type: ignore[misc]
         return out
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return ``x W(λ)ᵀ + b``."""
+        return self._apply_at(input)
+
+    def _apply_at(self, x: Tensor) -> Tensor:
         active = self._palora.current(self.training)
         if active.value is None:
             return self._base(x)
@@ -301,13 +304,26 @@ class AdaptedLinear(AdaptedLayer):
         return out.view(rays * base.shape[0], *base.shape[1:])
 
 
+class AdaptedConv1D(AdaptedLinear):
+    """Hugging Face's ``Conv1D``: a Linear whose weight is stored transposed and input called x."""
+
+    def _base(self, x: Tensor) -> Tensor:
+        out: Tensor = super(AdaptedLinear, self).forward(x)  # type: ignore[misc]
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x W(λ) + b``."""
+        return self._apply_at(x)
+
+
 class AdaptedEmbedding(AdaptedLayer):
     """``nn.Embedding`` with T adapters, looked up row by row: the table is never mixed."""
 
     padding_idx: int | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the rows of W(λ) that ``x`` names."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of W(λ) that ``input`` names."""
+        x = input
         active = self._palora.current(self.training)
         base: Tensor = super().forward(x)  # type: ignore[misc]
         if active.value is None:
