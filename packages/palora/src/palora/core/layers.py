@@ -165,6 +165,8 @@ class AdaptedLayer(Switched):
         """W(λ) kept while nothing that it depends on changes; None where it may not be kept."""
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
             return None
+        if active.value is None or active.value.requires_grad:  # it may change in place
+            return None
         parts = (self.weight, self.palora_A, self.palora_B)
         if any(p.is_inference() or type(p) is not nn.Parameter for p in parts):
             return None
