@@ -127,8 +127,15 @@ class Front:
 
     @classmethod
     def from_json(cls, text: str) -> Front:
-        """Read what :meth:`to_json` returned."""
+        """Read what :meth:`to_json` returned.
+
+        Raises:
+            ValueError: the text is no JSON, or not that of a front.
+        """
         data = json.loads(text)
+        keys = ("prefs", "losses", "metrics", "tasks")
+        if not isinstance(data, dict) or any(key not in data for key in keys):
+            raise ValueError(f"not the JSON of a front: it needs the entries {', '.join(keys)}")
         return cls(data["prefs"], data["losses"], data["metrics"], data["tasks"])
 
     def to_csv(self, path: str | Path | None = None) -> str:
