@@ -98,6 +98,12 @@ def _rebuild(mixin: type, original: type) -> Any:
     return cls.__new__(cls)
 
 
+def sharpened(lam: Tensor, exponent: float) -> Tensor:
+    """λ^c/Σλ^c; weights off the simplex keep their sign."""
+    sharp = lam.sign() * lam.abs().pow(exponent)
+    return sharp / sharp.sum(-1, keepdim=True)
+
+
 class AdaptedLayer(Switched):
     """What the adapted layers share: A and B, the preference in force, the choice of the path."""
 
@@ -121,8 +127,7 @@ class AdaptedLayer(Switched):
         exponent = self._palora_spec.exponent
         if exponent == 1.0:
             return lam
-        sharp = lam.pow(exponent)
-        return sharp / sharp.sum(-1, keepdim=True)
+        return sharpened(lam, exponent)
 
     def _computes_in(self, x: Tensor) -> torch.dtype:
         """The dtype autocast would run this layer in, else the weight's."""
@@ -151,10 +156,16 @@ class AdaptedLayer(Switched):
         raise ValueError(self._row_message(n, batch))
 
     def _row_message(self, n: int, batch: int) -> str:
+        many = self._palora.current(self.training).rays
+        rest = (
+            "several preferences in one pass need the batch as the first dimension: use chunk=1"
+            if many
+            else "per-sample preferences need the batch as the first dimension (allow_expand=True "
+            "accepts multiples: windows or beams)"
+        )
         return (
             f"layer {self._palora_spec.name!r}: the input's first dimension is {n}, the preference "
-            f"has {batch} rows; per-sample preferences need the batch as the first dimension "
-            "(allow_expand=True accepts multiples: windows or beams)"
+            f"has {batch} rows; {rest}"
         )
 
     def _dropped(self, x: Tensor) -> Tensor:
