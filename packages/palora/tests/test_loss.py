@@ -250,3 +250,27 @@ def test_the_ideal_point_may_be_a_list(kind: Any) -> None:
     terms = [0.25 * 0.5, 0.75 * 2.0]
     smooth = 0.1 * math.log(sum(math.exp(t / 0.1) for t in terms))
     assert found.item() == pytest.approx(max(terms) if kind == "tchebycheff" else smooth, rel=1e-6)
+
+
+def test_arguments_that_carry_the_batch_can_be_named() -> None:
+    """A table of as many rows as the batch is not tiled where it does not belong to it."""
+
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return self.layer(x + table.mean(0)) + table.shape[0]
+
+    model = fill(palora.inject(Looked(), 2, rank=1))
+    batch = ((torch.randn(4, 3), torch.randn(4, 3)), torch.zeros(4))
+
+    def scores(out: Tensor, target: Tensor) -> list[Tensor]:
+        return [out[:, 0].mean(), out[:, 1].mean()]
+
+    out = palora.step_loss(model, scores, batch, RAYS, batch_args=[0])
+    for lam, found in zip(RAYS, out.losses, strict=True):
+        with palora.preference(model, lam):
+            expected = model(*batch[0]).mean(0)
+        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)

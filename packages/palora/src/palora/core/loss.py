@@ -163,6 +163,7 @@ def step_loss(
     smoothing: float = 0.1,
     multiforward: float = 0.0,
     multiforward_sign: Literal["monotone", "reference"] = "monotone",
+    batch_args: Sequence[int | str] | None = None,
 ) -> StepOutput:
     r"""Run one batch at M preferences and return the training loss.
 
@@ -186,6 +187,7 @@ def step_loss(
         smoothing: see :func:`scalarize`.
         multiforward: coefficient of :func:`multiforward_regularizer`.
         multiforward_sign: its sign.
+        batch_args: see :func:`palora.multi`.
 
     Raises:
         ValueError: not T losses, losses that are not scalars, or options that exclude each other.
@@ -226,7 +228,12 @@ def step_loss(
     all_losses, all_weights = [], []
     collected: dict[int, tuple[Tensor, Tensor | None]] = {}
     for part in values.split(size):
-        scalars = _ray_losses(model, loss_fn, batch, part, norm, shared_mask, state.tasks)
+        options: dict[str, Any] = {
+            "norm": norm,
+            "shared_mask": shared_mask,
+            "batch_args": batch_args,
+        }
+        scalars = _ray_losses(model, loss_fn, batch, part, state.tasks, options)
         vectors = [torch.stack(row) for row in scalars]
         if by_gradient:
             assert isinstance(balance, GradBalance | FullBalance)
@@ -275,14 +282,13 @@ def _ray_losses(
     loss_fn: Callable[..., Any],
     batch: Any,
     rays: Tensor,
-    norm: Literal["per-ray", "joint"],
-    shared_mask: bool,
     tasks: Sequence[str],
+    options: dict[str, Any],
 ) -> list[list[Tensor]]:
     """The T losses of each ray, in one pass."""
     args, kw, targets = split_batch(batch)
     single = 1 if len(rays) == 1 else None
-    outputs = multi(model, rays, *args, chunk=single, norm=norm, shared_mask=shared_mask, **kw)
+    outputs = multi(model, rays, *args, chunk=single, **options, **kw)
     found = []
     for m in range(len(rays)):
         one = tree_map(lambda leaf, m=m: leaf[m] if isinstance(leaf, Tensor) else leaf, outputs)
