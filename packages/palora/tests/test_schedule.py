@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import palora
-from palora.core.simplex import grid_size
+from palora.core.simplex import evaluation_grid, grid_size
 
 
 def test_worked_schedule() -> None:
@@ -189,3 +189,17 @@ def test_points_on_the_faces_start_at_the_centre_too(tasks: int) -> None:
     for tau in (0.1, 0.2, 1.0):
         expected = base ** (5 * tau) / (base ** (5 * tau)).sum(1, keepdims=True)
         np.testing.assert_allclose(schedule(tau).numpy(), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(("tasks", "count"), [(2, 11), (3, 66), (7, 28)])
+def test_evaluation_covers_vertices_and_centre(tasks: int, count: int) -> None:
+    grid = evaluation_grid(tasks)
+    assert grid.shape == (count, tasks)
+    assert (grid >= 0).all()
+    torch.testing.assert_close(grid.sum(1), torch.ones(count))
+    rows = {tuple(row) for row in grid.tolist()}
+    assert {tuple(row) for row in torch.eye(tasks).tolist()} <= rows
+    if tasks != 3:  # 1/3 is no multiple of 1/10
+        assert (grid - 1 / tasks).abs().sum(1).min() < 1e-6
+    assert torch.equal(grid, evaluation_grid(tasks))
+    assert len(rows) == count
