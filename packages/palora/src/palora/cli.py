@@ -309,7 +309,7 @@ def _recipe(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--data-dir", help="where data files lie or are downloaded to")

@@ -74,7 +74,8 @@ class Schedule:
         layout: Literal["lattice", "energy"] = "lattice",
     ) -> None:
         """Prepare the base points; see the class."""
-        for name, count, least in (("tasks", tasks, 2), ("num", num, 1)):
+        counts: list[tuple[str, object, int]] = [("tasks", tasks, 2), ("num", num, 1)]
+        for name, count, least in counts:
             if not isinstance(count, int) or isinstance(count, bool) or count < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
         if mode not in MODES:
