@@ -119,6 +119,32 @@ def test_encoder_layers_fast_path_does_not_bypass_the_adapters() -> None:
     assert merged.layers[0].activation_relu_or_gelu == plain.layers[0].activation_relu_or_gelu
 
 
+def test_padded_batches_pass_an_adapted_encoder_in_evaluation_mode() -> None:
+    """Without gradients PyTorch's encoder packs a padded batch for kernels that skip the layers."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    encoder.eval()
+    nested = encoder.use_nested_tensor
+    plain = copy.deepcopy(encoder)
+    model = fill(palora.inject(encoder, 2, rank=2))
+    x, lam = torch.randn(3, 5, 8), [0.3, 0.7]
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    made = copy.deepcopy(plain)
+    for layer, own in zip(made.layers, model.layers, strict=True):
+        for name, module in own.named_modules():
+            if getattr(module, "palora_A", None) is not None:
+                weight = naive_weight(module, torch.tensor(lam)).float()
+                target = layer.get_submodule(name)
+                slot = "in_proj_weight" if name == "self_attn" else "weight"
+                getattr(target, slot).data.copy_(weight)
+    expected = made(x, src_key_padding_mask=padding)  # with gradients: no fused kernel
+    with torch.no_grad(), palora.preference(model, lam):
+        out = model(x, src_key_padding_mask=padding)
+    keep = ~padding
+    torch.testing.assert_close(out[keep], expected[keep], rtol=0, atol=1e-5)
+    assert palora.unload(model).use_nested_tensor == nested
+
+
 def test_attention_dropout_and_autocast() -> None:
     model = fill(
         palora.inject(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True), 2, rank=2)

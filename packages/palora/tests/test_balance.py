@@ -187,3 +187,68 @@ def test_full_balancing_is_loss_then_gradient_balancing() -> None:
 def test_bad_arguments(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def _by_slices(found: Tensor) -> list[Tensor]:
+    return [found[0], found[1]]
+
+
+class OneOutput(TwoHeads):
+    """Both heads in one tensor: each loss reaches the other's head, with zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(super().forward(x), 1)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("joined", ["list", "tensor", "slices", "one output"])
+def test_heads_are_not_shared_however_the_losses_are_returned(joined: str, batched: bool) -> None:
+    model, batch = problem()
+    model.encoder[1] = nn.Identity()
+    twin = copy.deepcopy(model)
+    expected = reference_gradients(twin, batch, RAYS, 1e-3)
+    if joined == "one output":
+        model.__class__ = OneOutput
+
+    def returned(outputs: Any, *targets: Any) -> Any:
+        if joined == "one output":
+            outputs = list(outputs.split([3, 1], 1))
+        found = losses(outputs, *targets)
+        if joined in ("list", "one output"):
+            return found
+        stacked = torch.stack(found)
+        return stacked if joined == "tensor" else _by_slices(stacked)
+
+    balance = palora.GradBalance(batched=batched)
+    palora.step_loss(model, returned, batch, RAYS, balance=balance).loss.backward()
+    for p, g in zip(model.parameters(), expected, strict=True):
+        close(p.grad, g, 1e-10)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_loss_of_zero_gradient_does_not_blow_up_the_other(batched: bool) -> None:
+    """Nothing is shared then: the other loss is divided by the norm of all it reaches."""
+    model, batch = problem()
+    model.encoder[1] = nn.Identity()
+    twin = copy.deepcopy(model)
+
+    def met(outputs: list[Tensor], target: Tensor, values: Tensor) -> Tensor:
+        first, second = losses(outputs, target, values)
+        return torch.stack([first, (second - 1e6).relu()])  # a constraint that holds
+
+    balance = palora.GradBalance(batched=batched)
+    out = palora.step_loss(model, met, batch, RAYS[:1], balance=balance)
+    with palora.preference(twin, RAYS[0]):
+        losses(twin(batch[0]), *batch[1:])[0].backward()
+    norm = torch.cat([p.grad.flatten() for p in twin.parameters() if p.grad is not None]).norm()
+    close(out.weights[0, 0], RAYS[0, 0].double() / (norm + 1e-3), 1e-10)
+    out.loss.backward()
+    # a parameter with a gradient of zero has one, as DDP expects of every parameter
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_losses_that_are_all_zero_keep_their_weights() -> None:
+    balance = palora.LossBalance(window=1)
+    for _ in range(3):
+        weights = balance(torch.zeros(2))
+    assert weights.tolist() == [1.0, 1.0]

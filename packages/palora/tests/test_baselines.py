@@ -53,6 +53,7 @@ def test_phn_generates_every_weight_and_trains_only_itself() -> None:
     target = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double()
     model = PHN(target, 2, hidden=7).double()
     ids = {id(p) for p in target.parameters()}
+    assert len(ids) == 4  # the target itself is not touched
     assert not ids & {id(p) for p in model.parameters()}
     features = model.trunk(LAM.double())
     made = copy.deepcopy(target)
@@ -63,6 +64,17 @@ def test_phn_generates_every_weight_and_trains_only_itself() -> None:
     model(LAM, X).sum().backward()
     assert all(p.grad is not None for p in model.trunk.parameters())
     assert all(p.grad is None for p in target.parameters())
+
+
+def test_phn_follows_the_mode_and_keeps_the_statistics_of_its_target() -> None:
+    target = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+    model = PHN(target, 2, hidden=7).double()
+    model(LAM, X)
+    weight, bias = (head(model.trunk(LAM.double())) for head in list(model.heads)[:2])
+    hidden = X @ weight.view(3, 4).t() + bias
+    close(model.state_dict()["target.1.running_mean"], 0.1 * hidden.mean(0).detach())
+    model.eval()
+    close(model(LAM, X)[:2], model(LAM, X[:2]))  # no statistics of the batch
 
 
 def test_linear_scalarisation_ignores_the_preference() -> None:

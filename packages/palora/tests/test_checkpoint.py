@@ -113,6 +113,17 @@ def test_folders_round_trip_into_plain_and_injected_models(
         assert any("fc.weight" in k for k in file.keys()) is train_base  # noqa: SIM118
 
 
+def test_options_of_single_layers_are_compared_and_the_default_kept(tmp_path: Path) -> None:
+    model = lenet(layer_temperature=2.0, default=[0.25, 0.75])
+    palora.save(model, tmp_path)
+    with pytest.raises(ValueError, match=r"exponent of layer '.*' is 1.0 in the model and 1\."):
+        palora.load(lenet(), tmp_path)
+    loaded = palora.load(LeNet(), tmp_path).eval()
+    found = palora.get_preference(loaded)
+    assert found is not None
+    assert found.tolist() == [0.25, 0.75]
+
+
 def test_tied_weights_are_written(tmp_path: Path) -> None:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     second.weight = first.weight

@@ -52,6 +52,8 @@ def test_overhead_of_a_named_network(capsys: pytest.CaptureFixture[str]) -> None
         (["recipe", "adult"], "pass --data-dir"),
         (["recipe", "utkface"], "pass --data-dir"),
         (["front", "/nonexistent"], "No such file"),
+        (["overhead", "json:loads"], "cannot make 'json:loads'"),
+        (["overhead", "json:JSONDecoder"], "made a JSONDecoder, not an nn.Module"),
     ],
 )
 def test_bad_input_is_told_in_one_line_with_status_2(
@@ -164,6 +166,85 @@ def test_merge_of_every_layout_on_files_equals_merge_in_memory(tmp_path: Path) -
     palora.save(model, tmp_path / "d", base=False)
     assert main(["merge", str(tmp_path / "d"), "--preference", ".3,.7", "-o", str(out)]) == 2
     assert main(["front", str(tmp_path / "c")]) == 2
+
+
+def test_merge_on_files_covers_a_layer_under_both_of_its_names(tmp_path: Path) -> None:
+    from conftest import fill, naive_weight
+    from safetensors.torch import load_file
+
+    layer = nn.Linear(3, 3)
+    model = fill(palora.inject(nn.ModuleDict({"a": layer, "b": layer}), 2, rank=1))
+    palora.save(model, tmp_path / "c")
+    out = tmp_path / "m.safetensors"
+    assert main(["merge", str(tmp_path / "c"), "--preference", ".3,.7", "-o", str(out)]) == 0
+    expected = naive_weight(layer, torch.tensor([0.3, 0.7])).float()
+    for name in ("a", "b"):
+        found = load_file(out)[f"{name}.weight"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+    again = nn.Linear(3, 3)
+    palora.load(nn.ModuleDict({"a": again, "b": again}), tmp_path / "c")
+    assert torch.equal(again.palora_B, layer.palora_B)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("palora.safetensors", "{}", "is not a whole safetensors file"),
+        ("palora_config.json", "[]", "has format None"),
+        ("palora_config.json", '{"format": 1, "tasks": ["a", "b"]}', "has no entry rank"),
+    ],
+)
+def test_damaged_checkpoints_are_told_in_one_line(
+    name: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    palora.save(palora.inject(nn.Linear(2, 2), 2, rank=1), tmp_path)
+    (tmp_path / name).write_text(content)
+    assert main(["merge", str(tmp_path), "--preference", ".5,.5", "-o", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "content", "message"),
+    [
+        (["front"], "[1, 2]", "not the JSON of a front"),
+        (["front"], '{"prefs": [[1, 0]]}', "it needs the entries prefs, losses"),
+        (["hypervolume", "--ref", "1,1"], '{"prefs": [[1, 0]]}', "it has no entry 'losses'"),
+        (["hypervolume", "--ref", "1,1"], ".2,.8\n.5\n", "rows differ in length"),
+        (["hypervolume", "--ref", "1,1"], "", "holds no table of points"),
+        (["hypervolume", "--ref", "1,1"], "[]", "none is there"),
+    ],
+)
+def test_files_that_hold_something_else(
+    command: list[str], content: str, message: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = tmp_path / "file"
+    path.write_text(content)
+    assert main([*command, str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["digits", "--epochs", "0"], "argument --epochs: must be an integer of at least 1"),
+        (["digits", "--seeds", "-1"], "argument --seeds"),
+        (["recipe", "adult", "--epochs", "x"], "argument --epochs"),
+        (["merge", "run", "--preference", "a,b"], "not numbers separated by commas"),
+        ([], "required: command"),
+    ],
+)
+def test_bad_usage_is_told_in_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.usefixtures("small")

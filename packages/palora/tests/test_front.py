@@ -17,7 +17,7 @@ from scipy import stats
 from torch import nn
 
 import palora
-from palora.baselines import PaMaL
+from palora.baselines import LinearScalarization, PaMaL
 from palora.front import (
     Front,
     evaluate,
@@ -167,6 +167,39 @@ def test_evaluate_is_the_sample_weighted_mean_in_evaluation_mode(chunk: int | No
         close(torch.tensor(front.metrics[i, 0]), out.abs().mean())
     with pytest.raises(ValueError, match="no batch"):
         evaluate(model, [], scores, simplex_grid(2, 2))
+
+
+class Keyed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, labels: Any = None) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("form", ["dict", "dict of inputs", "keywords of a baseline"])
+def test_evaluate_takes_the_batches_of_a_training_step(form: str) -> None:
+    x, scale = torch.randn(6, 4, dtype=torch.float64), torch.ones(6)
+    if form == "keywords of a baseline":
+        model: nn.Module = LinearScalarization(Keyed().double())
+        layer = model.model.layer
+    else:
+        model = palora.inject(Keyed().double(), ["a", "b"], rank=1)
+        layer = model.layer
+    inputs = {"x": x, "labels": scale}
+    batch: Any = inputs if form == "dict" else (inputs, scale)
+
+    def losses(out: torch.Tensor, last: Any) -> Any:
+        assert last is (inputs if form == "dict" else scale)
+        found = {"a": out[:, 0].square().mean(), "b": out[:, 1].square().mean()}
+        return found, {"size": out.abs().mean()}
+
+    found = evaluate(model, [batch], losses, [0.5, 0.5], tasks=["a", "b"])  # one preference
+    out = x @ layer.weight.t() + layer.bias  # B = 0: the base alone
+    assert found.prefs.tolist() == [[0.5, 0.5]]
+    close(torch.from_numpy(found.losses[0]), out.square().mean(0).detach())
+    close(torch.from_numpy(found.metrics[0]), out.abs().mean()[None].detach())
 
 
 def test_evaluate_takes_baselines() -> None:

@@ -56,6 +56,34 @@ def test_weight_path_gradients_to_second_order(many: bool, transposed: bool) -> 
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_repeat_on_a_kept_graph_and_leave_the_inputs_alone(
+    many: bool, transposed: bool
+) -> None:
+    A, B = factors(2, 1, 2, 3)
+    weight = torch.randn((3, 2) if transposed else (2, 3), dtype=D)
+    lam = torch.rand((2, 2) if many else (2,), dtype=D)
+    inputs = [t.requires_grad_() for t in (torch.randn(4, 3, dtype=D), weight, A, B)]
+    before = [t.detach().clone() for t in inputs]
+    g = torch.randn(4, 2, dtype=D)
+    y = PF.mixed_linear(*inputs[:2], None, *inputs[2:], lam, 0.7, transposed=transposed)
+    first = torch.autograd.grad(y, inputs, g, retain_graph=True)
+    again = torch.autograd.grad(y, inputs, g)
+    x, w, a, b = (t.detach().clone().requires_grad_() for t in before)
+    rows = lam if many else lam.expand(1, 2)
+    parts = []
+    for block, own in zip(x.chunk(len(rows)), rows, strict=True):
+        mixed = (w.t() if transposed else w) + 0.7 * sum(own[t] * b[t] @ a[t] for t in range(2))
+        parts.append(block @ mixed.t())
+    expected = torch.autograd.grad(torch.cat(parts), [x, w, a, b], g)
+    for found in (first, again):
+        for f, e in zip(found, expected, strict=True):
+            close(f, e)
+    for t, old in zip(inputs, before, strict=True):
+        assert torch.equal(t.detach(), old)
+
+
 @pytest.mark.parametrize("mode", ["one", "loop", "grouped", "shared"])
 def test_convolution_weight_path_gradients_to_second_order(mode: str) -> None:
     A, B = torch.randn(2, 2, 4, dtype=D), torch.randn(2, 4, 2, dtype=D)

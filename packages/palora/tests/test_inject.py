@@ -94,6 +94,7 @@ def test_rank_by_pattern() -> None:
         ({"default": "x"}, "default must be one of uniform"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"dropout": 0.1, "path": "weight"}, "dropout acts on the adapters' input"),
+        ({"alpha": float("nan")}, "alpha must be finite"),
         ({"layer_temperature": 0.0}, "layer_temperature must be positive"),
     ],
 )
@@ -101,6 +102,8 @@ def test_bad_arguments(kw: dict[str, Any], message: str) -> None:
     net = small()
     with pytest.raises(ValueError, match=message):
         palora.inject(net, **{"tasks": 2, **kw})
+    with pytest.raises(ValueError, match="got NoneType"):
+        palora.inject(None, 2)  # type: ignore[arg-type]
 
 
 def test_double_injection_and_lazy_modules_are_refused() -> None:
@@ -211,6 +214,7 @@ def test_what_cannot_be_adapted_is_reported_with_the_reason() -> None:
             "ok": nn.Linear(2, 2), "odd": Odd(2, 2), "up": nn.ConvTranspose2d(2, 2, 2),
             "bag": nn.EmbeddingBag(3, 2), "normed": normed, "attention": OddAttention(4, 2),
             "quantised": quantised, "table": nn.Embedding(3, 2, max_norm=1.0),
+            "recurrent": nn.GRU(2, 2),
         }
     )  # fmt: skip
     model = palora.inject(net, 2, rank=1, exclude="out_proj")
@@ -223,6 +227,7 @@ def test_what_cannot_be_adapted_is_reported_with_the_reason() -> None:
     assert "parametrised" in skipped["normed"]
     assert "quantised" in skipped["quantised"]
     assert "max_norm" in skipped["table"]
+    assert "recurrent" in skipped["recurrent"]
     assert "left alone: transposed" in str(palora.report(model))
     assert "ok" in str(palora.report(model))
 
@@ -324,3 +329,21 @@ def test_adapter_dtype_is_respected() -> None:
     with palora.preference(model, [0.5, 0.5]):
         for rows in (1, 64):
             assert model(torch.ones(rows, 4)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_layers_take_their_argument_by_its_own_name(index: int) -> None:
+    net = nn.Sequential(
+        nn.Linear(3, 3),
+        nn.Conv1d(3, 3, 2),
+        nn.Embedding(5, 3),
+        nn.BatchNorm1d(3),
+        nn.Dropout(0.0),
+    )
+    inputs = [torch.randn(4, 3), torch.randn(4, 3, 5), torch.tensor([1, 2]), torch.randn(4, 3)]
+    x = [*inputs, torch.randn(4, 3)][index]
+    expected = net[index](input=x)
+    model = palora.inject(net, 2, rank=1, target=["0", "1", "2"])
+    with palora.preference(model, [0.4, 0.6]):
+        found = model[index](input=x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

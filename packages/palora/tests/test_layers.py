@@ -409,3 +409,15 @@ def test_windows_flattened_into_the_batch_follow_their_sample_when_allowed() -> 
         out = model(x)
     with palora.preference(model, RAYS.repeat_interleave(2, 0)):
         close(out, model(x))
+
+
+@pytest.mark.filterwarnings("ignore:the preference lies off the simplex")
+def test_a_layer_of_its_own_temperature_extrapolates() -> None:
+    """Weights off the simplex are sharpened in size and keep their sign."""
+    net = nn.Sequential(nn.Linear(2, 2))
+    model = fill(palora.inject(net, 2, rank=1, layer_temperature=lambda n: 1.5).double())
+    with palora.preference(model, [1.25, -0.25], simplex=False):
+        out = model(torch.eye(2, dtype=D))
+    size = torch.tensor([1.25**1.5, -(0.25**1.5)], dtype=D)
+    weight = naive_weight(model[0], size / size.sum())
+    close(out, weight.t() + model[0].bias)

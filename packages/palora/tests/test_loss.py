@@ -205,6 +205,20 @@ def test_monotone_sign_is_zero_on_a_valid_front_and_the_released_one_is_not() ->
         palora.multiforward_regularizer(table[:1], rays[:1])
 
 
+def test_rays_of_equal_preference_may_come_in_any_order() -> None:
+    rays = torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.2, 0.6, 0.2]])
+    first = torch.tensor([1.0, 4.0, 3.0, 2.0])  # the loss of task 0, falling where λ_0 rises
+    table = torch.stack([first, 1 - rays[:, 1], 1 - rays[:, 2]], 1).requires_grad_()
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        value = palora.multiforward_regularizer(table[order], rays[order])
+        assert value.item() == pytest.approx(0.0, abs=1e-6)  # log of a mean of ones
+    broken = table.detach().clone()
+    broken[3, 0] = 3.5  # above one of the two rays with no weight on task 0
+    assert palora.multiforward_regularizer(broken, rays).item() == pytest.approx(
+        math.log((math.exp(0.5) + 2) / 3), abs=1e-6
+    )
+
+
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_multiforward_term_is_added_to_the_loss(chunk: int | None) -> None:
     model, batch = problem()
@@ -227,3 +241,36 @@ def test_cosine_diversity_by_hand_and_zero_for_untrained_up_projections() -> Non
     A, B = model.palora_A.flatten(1), model.palora_B.flatten(1)
     expected = sum(cosine(S[i], S[j], dim=0) for S in (A, B) for i, j in pairs) / 3 / 2
     close(palora.cosine_diversity(model), expected)
+
+
+@pytest.mark.parametrize("kind", ["tchebycheff", "smooth-tchebycheff"])
+def test_the_ideal_point_may_be_a_list(kind: Any) -> None:
+    values, lam = torch.tensor([1.0, 3.0]), torch.tensor([0.25, 0.75])
+    found = palora.scalarize(values, lam, kind, reference=[0.5, 1.0], smoothing=0.1)
+    terms = [0.25 * 0.5, 0.75 * 2.0]
+    smooth = 0.1 * math.log(sum(math.exp(t / 0.1) for t in terms))
+    assert found.item() == pytest.approx(max(terms) if kind == "tchebycheff" else smooth, rel=1e-6)
+
+
+def test_arguments_that_carry_the_batch_can_be_named() -> None:
+    """A table of as many rows as the batch is not tiled where it does not belong to it."""
+
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return self.layer(x + table.mean(0)) + table.shape[0]
+
+    model = fill(palora.inject(Looked(), 2, rank=1))
+    batch = ((torch.randn(4, 3), torch.randn(4, 3)), torch.zeros(4))
+
+    def scores(out: Tensor, target: Tensor) -> list[Tensor]:
+        return [out[:, 0].mean(), out[:, 1].mean()]
+
+    out = palora.step_loss(model, scores, batch, RAYS, batch_args=[0])
+    for lam, found in zip(RAYS, out.losses, strict=True):
+        with palora.preference(model, lam):
+            expected = model(*batch[0]).mean(0)
+        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)

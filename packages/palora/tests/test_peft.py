@@ -127,6 +127,39 @@ def test_peft_adapters_become_tasks(tmp_path: Path, rslora: bool) -> None:
     assert not model.fc.weight.requires_grad
 
 
+def test_an_alpha_of_its_own_survives_files_and_export(tmp_path: Path) -> None:
+    plain = Mixed()
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["fc", "conv"], alpha_pattern={"conv": 24},
+        init_lora_weights=False,
+    )  # fmt: skip
+    wrapped = peft.get_peft_model(copy.deepcopy(plain), config, adapter_name="first")
+    wrapped.add_adapter("second", config)
+    wrapped.save_pretrained(tmp_path)
+    wrapped.set_adapter("second")
+    model = palora.from_peft(copy.deepcopy(plain), [tmp_path / "first", tmp_path / "second"])
+    palora.save(model, tmp_path / "saved", base=True)
+    palora.to_peft(model, tmp_path / "again")
+    loaded = palora.load(Mixed(), tmp_path / "saved")
+    back = palora.from_peft(
+        copy.deepcopy(plain), [tmp_path / "again" / t for t in ("first", "second")]
+    )
+    for found in (model, loaded, back):
+        with palora.preference(found, [0.0, 1.0]):
+            torch.testing.assert_close(found(X), wrapped(X), rtol=1e-5, atol=1e-5)
+    peft_again = peft.PeftModel.from_pretrained(plain, tmp_path / "again" / "second")
+    torch.testing.assert_close(peft_again(X), wrapped(X), rtol=1e-5, atol=1e-5)
+
+
+def test_loras_of_layers_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
+    _, model = mixed(rank=2, train_base=False)
+    palora.to_peft(model, tmp_path)
+    small = nn.ModuleDict({"fc": nn.Linear(6, 8)})
+    with pytest.raises(ValueError, match=r"no layer to take the LoRA of .*conv"):
+        palora.from_peft(small, [tmp_path / "a", tmp_path / "b"])
+    assert type(small["fc"]) is nn.Linear
+
+
 def test_hf_conv1d_round_trip(tmp_path: Path) -> None:
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     plain = nn.Sequential(conv1d(6, 4), nn.Tanh(), conv1d(3, 6))

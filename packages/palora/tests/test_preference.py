@@ -48,6 +48,8 @@ def test_accepted_forms() -> None:
         ([[0.5, 0.5]] * 40 + [[float("nan"), 1.0]], {}, ValueError, "NaN"),
         ([[0.5, 0.5]] * 40 + [[0.0, 0.0]], {"normalize": True}, ValueError, "sums to 0"),
         ([0.0, 0.0], {"normalize": True}, ValueError, "sums to 0"),
+        (torch.zeros(0, 2), {}, ValueError, r"must have shape .* got \(0, 2\)"),
+        ("ab", {}, ValueError, "must be numbers, one for each of 2 tasks.*'ab'"),
         ({"seg": 0.5, "normals": 0.5}, {}, KeyError, "unknown task 'normals'.*seg, depth"),
         ({"seg": 1.0}, {}, KeyError, "no weight for task 'depth'.*seg, depth.*partial=True"),
     ],
@@ -230,3 +232,40 @@ def test_all_adapters_get_gradients_at_a_vertex() -> None:
             if name.endswith(("palora_A", "palora_B")):
                 assert parameter.grad[0].any()
                 assert not parameter.grad[1:].any()  # zero, not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_preference_set_or_used_in_inference_mode_can_be_trained_on(
+    dtype: torch.dtype, normalize: bool
+) -> None:
+    model = fill(palora.inject(nn.Linear(4, 3).to(dtype), 2, rank=1))
+    x = torch.randn(5, 4, dtype=dtype)
+    with torch.inference_mode():
+        palora.set_preference(model, [0.25, 0.75], normalize=normalize)
+        model(x)
+    model(x).sum().backward()
+    A, B = model.palora_A.detach(), model.palora_B.detach()
+    for t, lam in enumerate([0.25, 0.75]):  # dB_t = s λ_t gᵀ (x A_tᵀ), here with g = 1
+        expected = lam * (x @ A[t].t()).sum(0).expand_as(B[t])
+        torch.testing.assert_close(model.palora_B.grad[t], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_preference_that_learns_is_read_anew_at_every_call(dtype: torch.dtype) -> None:
+    model = fill(palora.inject(nn.Linear(4, 3).to(dtype), 2, rank=1)).eval()
+    x = torch.randn(40, 4, dtype=dtype)
+    lam = torch.tensor([0.25, 0.75], requires_grad=True)
+    palora.set_preference(model, lam)
+    with torch.no_grad():
+        model(x)
+    model(x).sum().backward()  # the pass without gradients left nothing behind that hides λ
+    g = x.sum(0)
+    A, B = model.palora_A.detach(), model.palora_B.detach()
+    expected = torch.stack([(B[t] @ (A[t] @ g)).sum() for t in range(2)])
+    torch.testing.assert_close(lam.grad, expected.float(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        lam.copy_(torch.tensor([0.75, 0.25]))
+        found = model(x)
+        weight = model.weight + 0.75 * B[0] @ A[0] + 0.25 * B[1] @ A[1]
+        torch.testing.assert_close(found, x @ weight.t() + model.bias, rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import close, fill
+from conftest import close, fill, naive_weight
 from torch import Tensor, nn
 
 import palora
@@ -232,3 +232,26 @@ def test_unpooling_with_indices_runs_in_one_pass() -> None:
     model = fill(palora.inject(Pooled().double(), 3, rank=1))
     x = torch.randn(2, 1, 6, 6, dtype=D)
     close(palora.multi(model, RAYS, x), loop(model, RAYS, x))
+
+
+def test_layers_that_see_another_first_dimension_name_the_way_out() -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+    model = fill(palora.inject(TimeFirst(), 2, rank=1))
+    rays, x = torch.tensor([[0.2, 0.8], [0.6, 0.4]]), torch.randn(3, 5, 4)
+    with pytest.raises(ValueError, match=r"layer 'layer'.* is 5.* has 6 rows.*use chunk=1"):
+        palora.multi(model, rays, x)
+    expand = r"is 5.* has 3 rows.*allow_expand=True"
+    with pytest.raises(ValueError, match=expand), palora.preference(model, rays[[0, 1, 0]]):
+        model(x)
+    found = palora.multi(model, rays, x, chunk=1)
+    for lam, out in zip(rays, found, strict=True):
+        weight = naive_weight(model.layer, lam).float()
+        expected = x @ weight.t() + model.layer.bias
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)

@@ -4,11 +4,12 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import palora
-from palora.core.simplex import grid_size
+from palora.core.simplex import evaluation_grid, grid_size
 
 
 def test_worked_schedule() -> None:
@@ -148,10 +149,13 @@ def test_energy_layout_has_exactly_num_points() -> None:
 @pytest.mark.parametrize(
     ("kw", "message"),
     [
-        ({"tasks": 1}, "tasks must be at least 2"),
+        ({"tasks": 1}, "tasks must be an integer of at least 2"),
         ({"num": 1}, "num of at least 2.*'dirichlet'"),
         ({"num": 1, "mode": "fixed"}, "num of at least 2.*'dirichlet'"),
-        ({"num": 0, "mode": "dirichlet"}, "num must be at least 1"),
+        ({"num": 0, "mode": "dirichlet"}, "num must be an integer of at least 1"),
+        ({"num": 2.5}, "num must be an integer"),
+        ({"tasks": "ab"}, "tasks must be an integer of at least 2, got 'ab'"),
+        ({"temperature": float("nan")}, "must be positive and finite"),
         ({"mode": "x"}, "mode must be one of"),
         ({"layout": "x"}, "layout must be"),
         ({"epsilon": 0.5}, r"epsilon must be in \[0, 1/2\)"),
@@ -174,3 +178,28 @@ def test_progress_is_bounded_and_state_must_fit() -> None:
             schedule(bad)
     with pytest.raises(ValueError, match="num is 4 here and 5 there"):
         palora.Schedule(2, num=4).load_state_dict(schedule.state_dict())
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+def test_points_on_the_faces_start_at_the_centre_too(tasks: int) -> None:
+    """Without ε a base point has zeros, and 0·log 0 is not a number."""
+    schedule = palora.Schedule(tasks, num=3, epsilon=0.0)
+    assert torch.equal(schedule(0.0), torch.full((3, tasks), 1 / tasks))
+    base = schedule.base.numpy()
+    for tau in (0.1, 0.2, 1.0):
+        expected = base ** (5 * tau) / (base ** (5 * tau)).sum(1, keepdims=True)
+        np.testing.assert_allclose(schedule(tau).numpy(), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(("tasks", "count"), [(2, 11), (3, 66), (7, 28)])
+def test_evaluation_covers_vertices_and_centre(tasks: int, count: int) -> None:
+    grid = evaluation_grid(tasks)
+    assert grid.shape == (count, tasks)
+    assert (grid >= 0).all()
+    torch.testing.assert_close(grid.sum(1), torch.ones(count))
+    rows = {tuple(row) for row in grid.tolist()}
+    assert {tuple(row) for row in torch.eye(tasks).tolist()} <= rows
+    if tasks != 3:  # 1/3 is no multiple of 1/10
+        assert (grid - 1 / tasks).abs().sum(1).min() < 1e-6
+    assert torch.equal(grid, evaluation_grid(tasks))
+    assert len(rows) == count

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -28,11 +28,25 @@ class _Usage(Exception):
     """Bad input, told in one line."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells bad usage in one line too; the usage itself is what --help shows."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"not numbers separated by commas: {text!r}") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def _say(args: argparse.Namespace, text: str) -> None:
@@ -56,10 +70,15 @@ def _model(name: str) -> Any:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise _Usage(f"unknown model {name!r}: one of {', '.join(MODELS)}, or module:callable")
+    from torch import nn
+
     try:
-        return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
+        made = getattr(importlib.import_module(module), attribute)()
+    except Exception as error:  # whatever the user's own code raises
         raise _Usage(f"cannot make {name!r}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise _Usage(f"{name!r} made a {type(made).__name__}, not an nn.Module")
+    return made
 
 
 def _overhead(args: argparse.Namespace) -> int:
@@ -153,14 +172,23 @@ def _points(text: str, name: str) -> list[list[float]]:
         if text.lstrip().startswith(("{", "[")):
             data = json.loads(text)
             rows = data["losses"] if isinstance(data, dict) else data
-            return [[float(v) for v in row] for row in rows]
-        table = [row for row in csv.reader(text.splitlines()) if row]
-        header = [i for i, cell in enumerate(table[0]) if cell.strip().startswith("loss_")]
-        if header:
-            return [[float(row[i]) for i in header] for row in table[1:]]
-        return [[float(v) for v in row] for row in table]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+            found = [[float(v) for v in row] for row in rows]
+        else:
+            table = [row for row in csv.reader(text.splitlines()) if row]
+            header = [i for i, cell in enumerate(table[0]) if cell.strip().startswith("loss_")]
+            if header:
+                found = [[float(row[i]) for i in header] for row in table[1:]]
+            else:
+                found = [[float(v) for v in row] for row in table]
+    except KeyError as error:
+        raise _Usage(f"{name} holds no table of points: it has no entry {error}") from error
+    except (ValueError, IndexError, TypeError) as error:
         raise _Usage(f"{name} holds no table of points: {error}") from error
+    if len({len(row) for row in found}) != 1:
+        raise _Usage(
+            f"{name} holds no table of points: its rows differ in length, or none is there"
+        )
+    return found
 
 
 def _front(args: argparse.Namespace) -> int:
@@ -281,13 +309,13 @@ def _recipe(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--data-dir", help="where data files lie or are downloaded to")
     common.add_argument("-o", "--out", help="where to write")
     common.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser = argparse.ArgumentParser(prog="palora", description="Pareto low-rank adapters")
+    parser = _Parser(prog="palora", description="Pareto low-rank adapters")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
@@ -318,14 +346,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--schedule", choices=SWEEPS["schedule"], default="anneal")
     p.add_argument("--rays", type=int, default=5)
     p.add_argument("--rank", type=int, default=4)
-    p.add_argument("--seeds", type=int, default=1, help="number of seeds, from --seed on")
-    p.add_argument("--epochs", type=int, default=10)
+    p.add_argument("--seeds", type=_count, default=1, help="number of seeds, from --seed on")
+    p.add_argument("--epochs", type=_count, default=10)
     p.add_argument("--baselines", action="store_true", help="PaMaL, COSMOS, PHN, linear as well")
     p.add_argument("--sweep", help="comma-separated: " + ", ".join(SWEEPS))
 
     p = add("recipe", _recipe, "run one of the paper's configurations")
     p.add_argument("name")
-    p.add_argument("--epochs", type=int)
+    p.add_argument("--epochs", type=_count)
     p.add_argument(
         "--method", choices=("palora", "pamal", "cosmos", "phn", "linear"), default="palora"
     )

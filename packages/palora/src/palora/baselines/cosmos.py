@@ -26,13 +26,13 @@ class COSMOS(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, lam: Tensor, x: Tensor, *inputs: Any) -> Any:
+    def forward(self, lam: Tensor, x: Tensor, *inputs: Any, **kw: Any) -> Any:
         """Append λ along dimension 1 and run the model."""
         if x.dim() < 2:
             raise ValueError(f"COSMOS appends λ along dimension 1; got an input {tuple(x.shape)}")
         shape = (x.shape[0], len(lam), *x.shape[2:])
         channels = lam.to(x).view(1, -1, *([1] * (x.dim() - 2))).expand(shape)
-        return self.model(torch.cat([x, channels], 1), *inputs)
+        return self.model(torch.cat([x, channels], 1), *inputs, **kw)
 
 
 def cosmos_loss(losses: Tensor, lam: Tensor, coefficient: float = 1.0) -> Tensor:

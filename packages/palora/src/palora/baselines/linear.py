@@ -22,6 +22,6 @@ class LinearScalarization(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, lam: Tensor, *inputs: Any) -> Any:
+    def forward(self, lam: Tensor, *inputs: Any, **kw: Any) -> Any:
         """Run the model."""
-        return self.model(*inputs)
+        return self.model(*inputs, **kw)

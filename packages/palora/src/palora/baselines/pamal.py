@@ -33,7 +33,7 @@ class PaMaL(nn.Module):
             raise ValueError("the members must have one architecture")
         self.members = nn.ModuleList(members)
 
-    def forward(self, lam: Tensor, *inputs: Any) -> Any:
+    def forward(self, lam: Tensor, *inputs: Any, **kw: Any) -> Any:
         """Run the mixture at λ."""
         stacks = zip(*(m.named_parameters() for m in self.members), strict=True)
         mixed = {}
@@ -44,4 +44,4 @@ class PaMaL(nn.Module):
                 (w * p for w, (_, p) in zip(weights[1:], entries[1:], strict=True)),
                 weights[0] * first,
             )
-        return functional_call(self.members[0], mixed, inputs)
+        return functional_call(self.members[0], mixed, inputs, kw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ class PHN(nn.Module):
     """A multi-layer perceptron that writes every parameter of a target model; linear solver.
 
     Args:
-        model: the target; its own parameters only give shapes and the initial values.
+        model: the target, copied; its parameters only give shapes and the initial values.
         tasks: T.
         hidden: width of the hypernetwork; 100 in the original.
     """
@@ -37,9 +38,10 @@ class PHN(nn.Module):
             self.heads.append(head)
             self.names.append(name)
             self.shapes.append(parameter.shape)
-        object.__setattr__(self, "target", model)  # called with generated weights, never trained
+        self.target = copy.deepcopy(model)
+        _drop_parameters(self.target)
 
-    def forward(self, lam: Tensor, *inputs: Any) -> Any:
+    def forward(self, lam: Tensor, *inputs: Any, **kw: Any) -> Any:
         """Generate the weights for λ and run the target with them."""
         first = next(self.trunk.parameters())
         features = self.trunk(lam.to(first))
@@ -47,5 +49,13 @@ class PHN(nn.Module):
             name: head(features).view(shape)
             for name, head, shape in zip(self.names, self.heads, self.shapes, strict=True)
         }
-        target: nn.Module = self.__dict__["target"]
-        return functional_call(target, weights, inputs)
+        return functional_call(self.target, weights, inputs, kw)
+
+
+def _drop_parameters(model: nn.Module) -> None:
+    """Leave the slots of the generated weights, and the module's own buffers and mode."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                module.register_buffer(name, parameter.detach(), persistent=False)

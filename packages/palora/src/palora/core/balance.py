@@ -51,7 +51,7 @@ class LossBalance:
         if self.mode == "ratio":
             mean = mean / self.memory[: self.window].mean(0)
         share = mean.abs()
-        return 1 - share / share.sum()
+        return 1 - share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
 
     def state_dict(self) -> dict[str, Any]:
         """Memory and number of calls."""
@@ -73,7 +73,8 @@ class GradBalance:
     Args:
         xi: ξ; 1e-3 in the authors' code.
         params: ``"shared"``: the parameters that at least two losses reach (the encoder with its
-            adapters, not the heads); or a function from the model to parameters.
+            adapters, not the heads; all, where no parameter is shared); or a function from the
+            model to parameters.
         max_weight: upper bound of 1/(n_t+ξ).
         batched: take the T gradients in one vectorised backward pass (``is_grads_batched``); for
             models whose operations support it.
@@ -100,40 +101,48 @@ class GradBalance:
         """Return the parameters, each loss's gradients by them, and the weights 1/(n_t+ξ)."""
         parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         grads = _batched(losses, parameters) if self.batched else _one_by_one(losses, parameters)
+        zero = torch.zeros((), dtype=torch.float64, device=losses[0].device)
+        squares = torch.stack(
+            [
+                torch.stack([zero if g is None else g.double().pow(2).sum() for g in row])
+                for row in grads
+            ]
+        )
         if callable(self.params):
-            shared = {id(p) for p in self.params(model)}
+            chosen = {id(p) for p in self.params(model)}
+            shared = torch.tensor([id(p) in chosen for p in parameters], device=zero.device)
         else:
-            reached = zip(parameters, zip(*grads, strict=True), strict=True)
-            shared = {id(p) for p, gs in reached if sum(g is not None for g in gs) > 1}
-        squares = [
-            sum(
-                (
-                    g.double().pow(2).sum()
-                    for p, g in zip(parameters, row, strict=True)
-                    if g is not None and id(p) in shared
-                ),
-                torch.zeros((), dtype=torch.float64, device=losses[0].device),
-            )
-            for row in grads
-        ]
-        norms = torch.stack(squares).sqrt().to(losses[0].dtype)
+            shared = _shared(grads, squares)
+        norms = torch.where(shared, squares, zero).sum(1).sqrt().to(losses[0].dtype)
         weights = 1 / (norms + self.xi)
         if self.max_weight is not None:
             weights = weights.clamp(max=self.max_weight)
         return parameters, grads, weights
 
 
+def _shared(grads: list[list[Tensor | None]], squares: Tensor) -> Tensor:
+    """Which parameters at least two losses reach; all where none is.
+
+    A gradient of None tells that a loss does not reach a parameter. Losses that come from one
+    tensor (stacked, or heads joined in one output) reach every parameter, some with zeros: then
+    it is the zeros that tell.
+    """
+    known = [[g is not None for g in row] for row in grads]
+    by_zeros = all(all(row) for row in known)
+    reached = squares != 0 if by_zeros else torch.tensor(known, device=squares.device)
+    shared = reached.sum(0) > 1
+    return shared | ~shared.any()
+
+
 def _one_by_one(losses: Sequence[Tensor], parameters: list[Tensor]) -> list[list[Tensor | None]]:
     last = len(losses) - 1
-    # entries of one tensor give every parameter a gradient, zero where they do not reach it
-    joined = losses[0].grad_fn is not None and losses[0].grad_fn is losses[1].grad_fn
     rows: list[list[Tensor | None]] = []
     for t, loss in enumerate(losses):
         if not loss.requires_grad:
             rows.append([None] * len(parameters))
             continue
         row: Any = torch.autograd.grad(loss, parameters, retain_graph=t < last, allow_unused=True)
-        rows.append([None if g is None or (joined and not bool(g.any())) else g for g in row])
+        rows.append(list(row))
     return rows
 
 
@@ -143,11 +152,7 @@ def _batched(losses: Sequence[Tensor], parameters: list[Tensor]) -> list[list[Te
     found: Any = torch.autograd.grad(
         stacked, parameters, grad_outputs=eye, is_grads_batched=True, allow_unused=True
     )
-    # a loss that does not reach a parameter has a zero row here, not None
-    return [
-        [g[t] if g is not None and bool(g[t].any()) else None for g in found]
-        for t in range(len(losses))
-    ]
+    return [[None if g is None else g[t] for g in found] for t in range(len(losses))]
 
 
 class FullBalance:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from palora.core.inject import adapted_layers, inject
 from palora.core.layers import Switched
-from palora.core.preference import PreferenceState, state_of
+from palora.core.preference import Active, PreferenceState, as_preference, state_of
 
 __all__ = [
     "Overhead",
@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS = "palora_config.json", "palora.safetensors"
+# what a model and the file that it loads must have in common: as a whole, and layer by layer
+_SAME = ("tasks", "rank", "alpha", "scaling", "conv", "qkv", "targets")
+_SAME_LAYER = ("kind", "mode", "rank", "scale", "exponent")
 
 
 def is_adapter_key(key: str) -> bool:
@@ -156,8 +159,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file."""
-    found: dict[str, Tensor] = _safetensors().load_file(str(path))
+    """Read a safetensors file.
+
+    Raises:
+        ValueError: it is damaged, or no such file.
+        OSError: there is none.
+    """
+    st = _safetensors()
+    try:
+        found: dict[str, Tensor] = st.load_file(str(path))
+    except OSError:
+        raise
+    except Exception as error:  # the library's own kind derives from Exception alone
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     return found
 
 
@@ -165,8 +179,12 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     """The configuration written by :func:`save`: the arguments of inject and the layers' kinds."""
     state = state_of(model)
     layers = {}
-    for name, layer in adapted_layers(model):
-        s = layer._palora_spec
+    names = {id(layer) for _, layer in adapted_layers(model)}
+    # a module used under two names has two keys in the state dict: both are listed
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if id(layer) not in names:
+            continue
+        s: Any = layer._palora_spec
         layers[name] = {
             "kind": s.kind,
             "mode": s.mode,
@@ -176,7 +194,9 @@ def config_of(model: nn.Module) -> dict[str, Any]:
             "path": s.path,
             "exponent": s.exponent,
         }
-    return {**state.config, "layers": layers}
+    preset = None if state.default is None else state.default.value
+    default = None if preset is None else preset.tolist()
+    return {**state.config, "default": default, "layers": layers}
 
 
 def save(model: nn.Module, dir: str | os.PathLike[str], *, base: bool | None = None) -> None:
@@ -205,13 +225,17 @@ def read_config(dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Read ``palora_config.json``.
 
     Raises:
-        ValueError: it has another format version.
+        ValueError: it has another format version, or lacks an entry.
         OSError: there is none.
     """
-    config: dict[str, Any] = json.loads((Path(dir) / CONFIG).read_text(encoding="utf-8"))
-    if config.get("format") != 1:
-        raise ValueError(f"{CONFIG} has format {config.get('format')!r}; this version reads 1")
-    return config
+    config: Any = json.loads((Path(dir) / CONFIG).read_text(encoding="utf-8"))
+    version = config.get("format") if isinstance(config, dict) else None
+    if version != 1:
+        raise ValueError(f"{CONFIG} has format {version!r}; this version reads 1")
+    if missing := [key for key in (*_SAME, "train_base", "layers") if key not in config]:
+        raise ValueError(f"{CONFIG} has no entry {', '.join(missing)}")
+    found: dict[str, Any] = config
+    return found
 
 
 def load(model: nn.Module, dir: str | os.PathLike[str]) -> nn.Module:
@@ -221,7 +245,8 @@ def load(model: nn.Module, dir: str | os.PathLike[str]) -> nn.Module:
         The same object.
 
     Raises:
-        ValueError: the model was injected with other tasks, rank, mode or targets (both named).
+        ValueError: the model was injected with other tasks, rank, mode, scale or targets (both
+            named), or a file is damaged.
     """
     config = read_config(dir)
     tensors = read_tensors(Path(dir) / WEIGHTS)
@@ -241,10 +266,17 @@ def load(model: nn.Module, dir: str | os.PathLike[str]) -> nn.Module:
             train_base=config["train_base"],
         )
         _restore(model, state_of(model), config)
-    here = state_of(model).config
-    for key in ("tasks", "rank", "alpha", "scaling", "conv", "qkv", "targets"):
+    here = config_of(model)
+    for key in _SAME:
         if here[key] != config[key]:
             raise ValueError(f"{key} is {here[key]!r} in the model and {config[key]!r} in {dir}")
+    for name, layer in here["layers"].items():
+        for key in _SAME_LAYER:
+            there = config["layers"].get(name, layer)[key]
+            if layer[key] != there:
+                raise ValueError(
+                    f"{key} of layer {name!r} is {layer[key]!r} in the model and {there!r} in {dir}"
+                )
     adapters = {k: v for k, v in tensors.items() if is_adapter_key(k)}
     load_adapter_state_dict(model, adapters)
     if len(adapters) < len(tensors):
@@ -254,7 +286,9 @@ def load(model: nn.Module, dir: str | os.PathLike[str]) -> nn.Module:
 
 def _restore(model: nn.Module, state: PreferenceState, config: dict[str, Any]) -> None:
     """Give every layer the options it was saved with."""
-    state.config = {k: v for k, v in config.items() if k != "layers"}
+    state.config = {k: v for k, v in config.items() if k not in ("layers", "default")}
+    if config.get("default") is not None:
+        state.default = Active(as_preference(config["default"], state.tasks))
     for name, layer in adapted_layers(model):
-        for key in ("dropout", "path", "exponent"):
+        for key in ("dropout", "path", "exponent", "scale"):
             setattr(layer._palora_spec, key, config["layers"][name][key])

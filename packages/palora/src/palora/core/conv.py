@@ -42,8 +42,9 @@ class AdaptedConv(AdaptedLayer):
             return F.pad(x, self._reversed_padding_repeated_twice), none
         return x, self.padding
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of ``x`` with W(λ)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of ``input`` with W(λ)."""
+        x = input
         active = self._palora.current(self.training)
         if active.value is None:
             return self._base(x)

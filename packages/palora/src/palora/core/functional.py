@@ -141,6 +141,18 @@ def _reduce(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _may_overwrite(g: Tensor, x: Tensor, w: Tensor) -> bool:
+    """Whether W(λ), when done with, may make room for its own gradient: warm memory, one less."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # differentiated, or traced
+        return False
+    try:
+        for t in (g, x, w):
+            t.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # a batched tensor has no memory of its own
+        return False
+    return g.dtype == x.dtype == w.dtype
+
+
 class _MixedLinear(torch.autograd.Function):
     """``x W(λ)ᵀ + b`` that saves the factors of W(λ) instead of W(λ) itself.
 
@@ -185,6 +197,7 @@ class _MixedLinear(torch.autograd.Function):
         gx = gw = gb = gup = gdown = None
         with _no_autocast(x.device.type):
             stacked = up.dim() == 3
+            room = None
             if need_x:
                 w = _mix(weight, up, down, scale, transposed).to(dtype)
                 wt = w.transpose(-2, -1) if transposed else w
@@ -192,6 +205,7 @@ class _MixedLinear(torch.autograd.Function):
                     gx = torch.bmm(g.reshape(up.shape[0], -1, g.shape[-1]), wt).view(x.shape)
                 else:
                     gx = g @ wt
+                room = wt if _may_overwrite(g, x, wt) else None
             g2, x2 = _reduce(g), _reduce(x)
             if need_b:
                 gb = g2.sum(0).to(bias_dtype)
@@ -199,9 +213,9 @@ class _MixedLinear(torch.autograd.Function):
             if need_w and stacked:
                 rays = up.shape[0]
                 blocks = g2.view(rays, -1, g2.shape[-1]).transpose(1, 2)
-                full = torch.bmm(blocks, x2.view(rays, -1, x2.shape[-1]))
+                full = torch.bmm(blocks, x2.view(rays, -1, x2.shape[-1]), out=room)
             elif need_w:
-                full = g2.t() @ x2
+                full = torch.mm(g2.t(), x2, out=room)
             if full is not None:
                 gw = full.sum(0) if stacked else full
                 gw = (gw.t() if transposed else gw).to(weight.dtype)

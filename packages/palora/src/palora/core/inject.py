@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from palora.core.attention import AdaptedAttention
 from palora.core.conv import AdaptedConv
 from palora.core.layers import (
+    AdaptedConv1D,
     AdaptedEmbedding,
     AdaptedLinear,
     LayerSpec,
@@ -36,7 +38,7 @@ __all__ = ["InjectionReport", "adapted_layers", "freeze_base", "inject", "report
 
 _MIXINS: dict[str, type] = {
     "linear": AdaptedLinear,
-    "conv1d-hf": AdaptedLinear,
+    "conv1d-hf": AdaptedConv1D,
     "conv": AdaptedConv,
     "embedding": AdaptedEmbedding,
     "attention": AdaptedAttention,
@@ -167,6 +169,10 @@ def inject(
     _choice("qkv", qkv, ("fused", "split"))
     _choice("init", init, ("lora", "gaussian"))
     _choice("path", path, ("auto", "activation", "weight"))
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if dropout and path == "weight":
@@ -340,23 +346,32 @@ def _exponents(names: list[str], temperature: float | Callable[[str], float] | N
     return values
 
 
+# what PyTorch's transformer modules ask, before they read weights past their adapted layers or pack
+# a padded batch into a nested tensor that only their fused kernels take
+_FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+
+
 def _block_fast_paths(model: nn.Module) -> None:
-    """Keep ``nn.TransformerEncoderLayer`` from reading weights past its adapted layers."""
+    """Keep ``nn.TransformerEncoder`` and its layers on the path that calls their modules."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(m, Switched) for m in module.modules()
-        ):
-            layer: Any = module
-            layer.__dict__["_palora_fast_path"] = layer.activation_relu_or_gelu
-            layer.activation_relu_or_gelu = 0
+        for kind, (attribute, off) in _FAST_PATHS.items():
+            adapted = isinstance(module, kind) and any(
+                isinstance(m, Switched) for m in module.modules()
+            )
+            if adapted and hasattr(module, attribute):
+                module.__dict__["_palora_fast_path"] = (attribute, getattr(module, attribute))
+                setattr(module, attribute, off)
 
 
 def strip(model: nn.Module) -> None:
     """Switch every module of ``model`` back and drop all that injection added."""
     for module in list(model.modules()):
         if "_palora_fast_path" in module.__dict__:
-            fast: Any = module.__dict__.pop("_palora_fast_path")
-            module.activation_relu_or_gelu = fast
+            attribute, held = module.__dict__.pop("_palora_fast_path")
+            setattr(module, attribute, held)
         if isinstance(module, Switched):
             for key in ("palora_A", "palora_B"):
                 module._parameters.pop(key, None)

@@ -98,6 +98,12 @@ def _rebuild(mixin: type, original: type) -> Any:
     return cls.__new__(cls)
 
 
+def sharpened(lam: Tensor, exponent: float) -> Tensor:
+    """λ^c/Σλ^c; weights off the simplex keep their sign."""
+    sharp = lam.sign() * lam.abs().pow(exponent)
+    return sharp / sharp.sum(-1, keepdim=True)
+
+
 class AdaptedLayer(Switched):
     """What the adapted layers share: A and B, the preference in force, the choice of the path."""
 
@@ -121,8 +127,7 @@ class AdaptedLayer(Switched):
         exponent = self._palora_spec.exponent
         if exponent == 1.0:
             return lam
-        sharp = lam.pow(exponent)
-        return sharp / sharp.sum(-1, keepdim=True)
+        return sharpened(lam, exponent)
 
     def _computes_in(self, x: Tensor) -> torch.dtype:
         """The dtype autocast would run this layer in, else the weight's."""
@@ -151,10 +156,16 @@ class AdaptedLayer(Switched):
         raise ValueError(self._row_message(n, batch))
 
     def _row_message(self, n: int, batch: int) -> str:
+        many = self._palora.current(self.training).rays
+        rest = (
+            "several preferences in one pass need the batch as the first dimension: use chunk=1"
+            if many
+            else "per-sample preferences need the batch as the first dimension (allow_expand=True "
+            "accepts multiples: windows or beams)"
+        )
         return (
             f"layer {self._palora_spec.name!r}: the input's first dimension is {n}, the preference "
-            f"has {batch} rows; per-sample preferences need the batch as the first dimension "
-            "(allow_expand=True accepts multiples: windows or beams)"
+            f"has {batch} rows; {rest}"
         )
 
     def _dropped(self, x: Tensor) -> Tensor:
@@ -164,6 +175,8 @@ class AdaptedLayer(Switched):
     def _cached_weight(self, active: Active, lam: Tensor, dtype: torch.dtype) -> Tensor | None:
         """W(λ) kept while nothing that it depends on changes; None where it may not be kept."""
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
+            return None
+        if active.value is None or active.value.requires_grad:  # it may change in place
             return None
         parts = (self.weight, self.palora_A, self.palora_B)
         if any(p.is_inference() or type(p) is not nn.Parameter for p in parts):
@@ -212,14 +225,17 @@ def reset_adapters(layer: AdaptedLayer, init: str, generator: torch.Generator | 
 
 
 class AdaptedLinear(AdaptedLayer):
-    """``nn.Linear`` (or Hugging Face's transposed ``Conv1D``) with T adapters."""
+    """``nn.Linear`` with T adapters."""
 
     def _base(self, x: Tensor) -> Tensor:
         out: Tensor = super().forward(x)  # type: ignore[misc]
         return out
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return ``x W(λ)ᵀ + b``."""
+        return self._apply_at(input)
+
+    def _apply_at(self, x: Tensor) -> Tensor:
         active = self._palora.current(self.training)
         if active.value is None:
             return self._base(x)
@@ -301,13 +317,26 @@ class AdaptedLinear(AdaptedLayer):
         return out.view(rays * base.shape[0], *base.shape[1:])
 
 
+class AdaptedConv1D(AdaptedLinear):
+    """Hugging Face's ``Conv1D``: a Linear whose weight is stored transposed and input called x."""
+
+    def _base(self, x: Tensor) -> Tensor:
+        out: Tensor = super(AdaptedLinear, self).forward(x)  # type: ignore[misc]
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x W(λ) + b``."""
+        return self._apply_at(x)
+
+
 class AdaptedEmbedding(AdaptedLayer):
     """``nn.Embedding`` with T adapters, looked up row by row: the table is never mixed."""
 
     padding_idx: int | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the rows of W(λ) that ``x`` names."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of W(λ) that ``input`` names."""
+        x = input
         active = self._palora.current(self.training)
         base: Tensor = super().forward(x)  # type: ignore[misc]
         if active.value is None:

@@ -34,7 +34,7 @@ def scalarize(
     lam: Tensor,
     kind: Kind = "linear",
     *,
-    reference: Tensor | None = None,
+    reference: Tensor | Sequence[float] | None = None,
     smoothing: float = 0.1,
 ) -> Tensor:
     r"""Reduce the last dimension of ``losses (..., T)`` to one value by the preference.
@@ -62,7 +62,8 @@ def scalarize(
     lam = lam.to(losses.device, losses.dtype)
     if kind == "linear":
         return (lam * losses).sum(-1)
-    weighed = lam * (losses if reference is None else losses - reference.to(losses))
+    ideal = 0.0 if reference is None else torch.as_tensor(reference).to(losses)
+    weighed = lam * (losses - ideal)
     if kind == "tchebycheff":
         return weighed.amax(-1)
     if kind != "smooth-tchebycheff":
@@ -79,7 +80,7 @@ def multiforward_regularizer(
 
     For each task the M losses are ordered by decreasing λ_k. ``"monotone"`` is
     :math:`\sum_k \log(\frac{1}{M−1} \sum_i \exp(\mathrm{relu}(ℓ_i−ℓ_{i+1})))`, zero for a valid
-    front: less weight, more loss. ``"reference"`` is the released formula, with the opposite sign
+    front: less weight, more loss; among rays of equal λ_k every order is valid. ``"reference"`` is the released formula, with the opposite sign
     inside relu and T−1 for M−1; it penalises the *right* order.
 
     Args:
@@ -95,7 +96,11 @@ def multiforward_regularizer(
     count, tasks = losses.shape
     if count < 2:
         raise ValueError(f"the multi-forward regulariser compares rays: it needs 2, got {count}")
-    order = rays.to(losses.device).argsort(dim=0, descending=True, stable=True)
+    rays = rays.to(losses.device)
+    if sign == "monotone":  # among equal λ_k the smaller loss first: no step of theirs counts
+        first = losses.detach().argsort(dim=0, stable=True)
+        losses, rays = losses.gather(0, first), rays.gather(0, first)
+    order = rays.argsort(dim=0, descending=True, stable=True)
     sorted_losses = losses.gather(0, order)
     step = sorted_losses[:-1] - sorted_losses[1:]
     if sign == "reference":
@@ -154,10 +159,11 @@ def step_loss(
     norm: Literal["per-ray", "joint"] = "per-ray",
     shared_mask: bool = False,
     scalarization: Kind = "linear",
-    reference: Tensor | None = None,
+    reference: Tensor | Sequence[float] | None = None,
     smoothing: float = 0.1,
     multiforward: float = 0.0,
     multiforward_sign: Literal["monotone", "reference"] = "monotone",
+    batch_args: Sequence[int | str] | None = None,
 ) -> StepOutput:
     r"""Run one batch at M preferences and return the training loss.
 
@@ -181,6 +187,7 @@ def step_loss(
         smoothing: see :func:`scalarize`.
         multiforward: coefficient of :func:`multiforward_regularizer`.
         multiforward_sign: its sign.
+        batch_args: see :func:`palora.multi`.
 
     Raises:
         ValueError: not T losses, losses that are not scalars, or options that exclude each other.
@@ -221,7 +228,12 @@ def step_loss(
     all_losses, all_weights = [], []
     collected: dict[int, tuple[Tensor, Tensor | None]] = {}
     for part in values.split(size):
-        scalars = _ray_losses(model, loss_fn, batch, part, norm, shared_mask, state.tasks)
+        options: dict[str, Any] = {
+            "norm": norm,
+            "shared_mask": shared_mask,
+            "batch_args": batch_args,
+        }
+        scalars = _ray_losses(model, loss_fn, batch, part, state.tasks, options)
         vectors = [torch.stack(row) for row in scalars]
         if by_gradient:
             assert isinstance(balance, GradBalance | FullBalance)
@@ -270,14 +282,13 @@ def _ray_losses(
     loss_fn: Callable[..., Any],
     batch: Any,
     rays: Tensor,
-    norm: Literal["per-ray", "joint"],
-    shared_mask: bool,
     tasks: Sequence[str],
+    options: dict[str, Any],
 ) -> list[list[Tensor]]:
     """The T losses of each ray, in one pass."""
-    args, kw, targets = _split(batch)
+    args, kw, targets = split_batch(batch)
     single = 1 if len(rays) == 1 else None
-    outputs = multi(model, rays, *args, chunk=single, norm=norm, shared_mask=shared_mask, **kw)
+    outputs = multi(model, rays, *args, chunk=single, **options, **kw)
     found = []
     for m in range(len(rays)):
         one = tree_map(lambda leaf, m=m: leaf[m] if isinstance(leaf, Tensor) else leaf, outputs)
@@ -285,7 +296,8 @@ def _ray_losses(
     return found
 
 
-def _split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
+    """The model's arguments and keywords, and the targets, of one batch."""
     if isinstance(batch, Mapping):
         return (), dict(batch), (batch,)
     if isinstance(batch, Tensor) or not isinstance(batch, Sequence) or not len(batch):

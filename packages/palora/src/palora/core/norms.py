@@ -39,8 +39,9 @@ class RayNorm(Switched):
     training: bool
     _palora: PreferenceState
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise each ray by its own statistics, in the order of the rays."""
+        x = input
         active = _rays(self._palora, self.training)
         own: Any = super().forward  # type: ignore[misc]
         module: Any = self
@@ -98,8 +99,9 @@ class RayDropout(Switched):
     training: bool
     _palora: PreferenceState
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Drop entries; with ``shared_mask`` the same ones in every ray."""
+        x = input
         active = _rays(self._palora, self.training)
         own: Any = super().forward  # type: ignore[misc]
         if active is None or not active.shared_mask or not self.training:

@@ -76,10 +76,19 @@ def as_preference(
         >>> as_preference({"depth": .25, "seg": .75}, ["seg", "depth"])
         tensor([0.7500, 0.2500])
     """
-    value = _from_mapping(lam, tasks, partial) if isinstance(lam, Mapping) else torch.as_tensor(lam)
-    value = value.to(torch.float32) if value.requires_grad else value.detach().float().clone()
+    if isinstance(lam, Mapping):
+        value = _from_mapping(lam, tasks, partial)
+    else:
+        try:
+            value = torch.as_tensor(lam)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"the preference must be numbers, one for each of {len(tasks)} tasks, "
+                f"or a dict by task name; got {lam!r}"
+            ) from error
+    value = _own(value)
     count = len(tasks)
-    if value.dim() not in (1, 2) or value.shape[-1] != count:
+    if value.dim() not in (1, 2) or value.shape[-1] != count or not len(value):
         raise ValueError(
             f"the preference must have shape ({count},) or (batch, {count}) for {count} tasks, "
             f"got {tuple(value.shape)}"
@@ -99,13 +108,21 @@ def as_preference(
     if normalize:
         if empty:
             raise ValueError("the preference sums to 0 and cannot be normalised")
-        return value / value.sum(-1, keepdim=True)
+        return _own(value / value.sum(-1, keepdim=True))
     if worst > TOLERANCE:
         raise ValueError(
             f"the preference must sum to 1, its sum is off by {worst:.4g}; "
             "pass normalize=True to divide by the sum"
         )
     return value
+
+
+def _own(value: Tensor) -> Tensor:
+    """A float32 copy that may outlive an inference block and be trained on."""
+    if value.requires_grad:
+        return value.to(torch.float32)
+    with torch.inference_mode(False):
+        return value.detach().float().clone()
 
 
 def _measure(plain: Tensor) -> tuple[bool, bool, bool, float]:
@@ -162,17 +179,22 @@ class Active:
         self.joint = joint
         self.shared_mask = shared_mask
         self.tiled = tiled
-        self._cast: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._cast: dict[tuple[Any, ...], Tensor] = {}
         self.mixed: dict[int, Any] = {}
 
     def on(self, like: Tensor) -> Tensor:
-        """The value in the device and dtype of ``like``, moved once."""
-        assert self.value is not None
-        if torch.compiler.is_compiling():
-            return self.value.to(like.device, like.dtype)
+        """The value in the device and dtype of ``like``, moved once.
+
+        A value that requires grad may change in place and is moved at every call.
+        """
+        value = self.value
+        assert value is not None
+        if torch.compiler.is_compiling() or value.requires_grad:
+            return value.to(like.device, like.dtype)
         key = (like.device, like.dtype)
         if key not in self._cast:
-            self._cast[key] = self.value.to(like.device, like.dtype)
+            with torch.inference_mode(False):  # it may outlive an inference block and be trained on
+                self._cast[key] = value.to(like.device, like.dtype)
         return self._cast[key]
 
     def __getstate__(self) -> dict[str, Any]:

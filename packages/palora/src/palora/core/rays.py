@@ -21,7 +21,8 @@ def as_rays(rays: Any, state: PreferenceState) -> Tensor:
     return value.unsqueeze(0) if value.dim() == 1 else value
 
 
-def _batch_size(args: Any) -> int:
+def batch_size(args: Any) -> int:
+    """The first dimension of the first tensor among the model's inputs."""
     for leaf in tree_flatten(args)[0]:
         if isinstance(leaf, Tensor) and leaf.dim():
             return leaf.shape[0]
@@ -130,7 +131,7 @@ def _pass(
     chosen: Any = (args, kw)
     if batch_args is not None:
         chosen = [args[a] if isinstance(a, int) else kw[a] for a in batch_args]
-    batch = _batch_size(chosen)
+    batch = batch_size(chosen)
     tile = _Tiler(rays, batch)
     if batch_args is None:
         tiled_args, tiled_kw = tree_map(tile, (args, kw))

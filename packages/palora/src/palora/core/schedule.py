@@ -23,6 +23,8 @@ def sharpen(base: Tensor, exponent: float) -> Tensor:
         >>> sharpen(torch.tensor([.25, .75]), 0.0)
         tensor([0.5000, 0.5000])
     """
+    if exponent == 0:  # 0·log 0 is not a number, 0^0 is 1
+        return torch.full_like(base, 1 / base.shape[-1])
     return torch.softmax(exponent * base.log(), dim=-1)
 
 
@@ -72,16 +74,18 @@ class Schedule:
         layout: Literal["lattice", "energy"] = "lattice",
     ) -> None:
         """Prepare the base points; see the class."""
-        if tasks < 2:
-            raise ValueError(f"tasks must be at least 2, got {tasks}")
+        counts: list[tuple[str, object, int]] = [("tasks", tasks, 2), ("num", num, 1)]
+        for name, count, least in counts:
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
         if layout not in ("lattice", "energy"):
             raise ValueError(f"layout must be 'lattice' or 'energy', got {layout!r}")
-        if num < 1:
-            raise ValueError(f"num must be at least 1, got {num}")
-        if p <= 0 or temperature <= 0:
-            raise ValueError(f"p and temperature must be positive, got {p} and {temperature}")
+        if not 0 < p < math.inf or not 0 < temperature < math.inf:
+            raise ValueError(
+                f"p and temperature must be positive and finite, got {p} and {temperature}"
+            )
         self.tasks, self.num, self.mode, self.layout = tasks, num, mode, layout
         self.temperature, self.epsilon, self.p, self.cycle = temperature, epsilon, p, cycle
         self.seed, self.step = seed, 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["grid_size", "simplex_grid", "smallest_resolution"]
+__all__ = ["evaluation_grid", "grid_size", "simplex_grid", "smallest_resolution"]
 
 MAX_POINTS = 1_000_000
 
@@ -71,3 +72,29 @@ def simplex_grid(tasks: int, resolution: int) -> Tensor:
         )
     points = torch.tensor(list(_compositions(resolution, tasks)), dtype=torch.float64)
     return (points / resolution).float()
+
+
+def evaluation_grid(tasks: int, resolution: int = 10, *, sample: int = 20, seed: int = 0) -> Tensor:
+    """Return the preferences at which a trained model is evaluated in the paper.
+
+    Two or three tasks: the lattice of ``resolution``, 11 or 66 points. More, where such a lattice
+    is too large: the T vertices, the centre, and a uniform sample of the simplex.
+
+    Args:
+        tasks: T ≥ 2.
+        resolution: H, for two or three tasks.
+        sample: further points for more than three tasks.
+        seed: of that sample.
+
+    Raises:
+        ValueError: T < 2 or H < 1.
+
+    Example:
+        >>> [len(evaluation_grid(tasks)) for tasks in (2, 3, 7)]
+        [11, 66, 28]
+    """
+    if tasks <= 3:
+        return simplex_grid(tasks, resolution)
+    centre = torch.full((1, tasks), 1 / tasks)
+    drawn = np.random.default_rng(seed).dirichlet([1.0] * tasks, sample)
+    return torch.cat([torch.eye(tasks), centre, torch.from_numpy(drawn).float()])

@@ -92,6 +92,8 @@ def classify(module: nn.Module) -> tuple[str | None, str]:
         return "attention", ""
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return None, "transposed convolutions are not supported"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return None, "recurrent layers are not supported"
     if isinstance(module, nn.EmbeddingBag):
         return None, "nn.EmbeddingBag is not supported"
     kinds: list[tuple[str, type[nn.Module]]] = [

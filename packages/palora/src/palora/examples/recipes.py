@@ -207,7 +207,7 @@ RECIPES: dict[str, Recipe] = {
     "sarcos": Recipe(
         "SARCOS, seven torques; downloads two .mat files",
         _sarcos,
-        replace(_RANDOM, lr=1e-4, batch=512, epochs=100, every=100, points=1),
+        replace(_RANDOM, lr=1e-4, batch=512, epochs=100, every=100),
         (1.0,) * 7,
     ),
     "utkface": Recipe(

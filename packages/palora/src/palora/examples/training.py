@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import palora
 from palora.baselines import COSMOS, PHN, LinearScalarization, PaMaL, cosmos_loss
-from palora.front import Front, evaluate
+from palora.front import Front, evaluate, evaluation_grid
 
 __all__ = ["METHODS", "Task", "TrainConfig", "TrainResult", "overlay", "train"]
 
@@ -56,7 +56,7 @@ class TrainConfig:
         epochs: passes over the training part.
         seed: of weights, batches and random preferences.
         every: evaluate after each so many epochs.
-        points: preferences of the evaluation, resolution of the lattice.
+        points: preferences of the evaluation, resolution of :func:`palora.front.evaluation_grid`.
     """
 
     method: str = "palora"
@@ -136,7 +136,7 @@ def train(
         seed=config.seed,
     )
     centre = torch.full((1, tasks), 1 / tasks)
-    prefs = centre if linear else palora.simplex_grid(tasks, config.points)
+    prefs = centre if linear else evaluation_grid(tasks, config.points)
     inputs, *targets = task.train
     count = len(inputs) // config.batch * config.batch
     total = config.epochs * (count // config.batch)

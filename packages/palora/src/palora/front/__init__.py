@@ -1,6 +1,6 @@
 """Study a trained model's trade-offs: evaluate a grid of preferences, measure and draw the front."""
 
-from palora.core.simplex import simplex_grid
+from palora.core.simplex import evaluation_grid, simplex_grid
 from palora.front.front import Front, evaluate
 from palora.front.indicators import (
     hypervolume,
@@ -13,6 +13,7 @@ from palora.front.indicators import (
 __all__ = [
     "Front",
     "evaluate",
+    "evaluation_grid",
     "hypervolume",
     "nondominated",
     "simplex_grid",

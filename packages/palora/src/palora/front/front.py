@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from palora.core.checkpoint import atomically
-from palora.core.loss import as_losses
+from palora.core.loss import as_losses, split_batch
 from palora.core.preference import as_preference, state_of
-from palora.core.rays import multi
+from palora.core.rays import batch_size, multi
 from palora.front import indicators
 
 if TYPE_CHECKING:
@@ -127,8 +127,15 @@ class Front:
 
     @classmethod
     def from_json(cls, text: str) -> Front:
-        """Read what :meth:`to_json` returned."""
+        """Read what :meth:`to_json` returned.
+
+        Raises:
+            ValueError: the text is no JSON, or not that of a front.
+        """
         data = json.loads(text)
+        keys = ("prefs", "losses", "metrics", "tasks")
+        if not isinstance(data, dict) or any(key not in data for key in keys):
+            raise ValueError(f"not the JSON of a front: it needs the entries {', '.join(keys)}")
         return cls(data["prefs"], data["losses"], data["metrics"], data["tasks"])
 
     def to_csv(self, path: str | Path | None = None) -> str:
@@ -174,10 +181,12 @@ def evaluate(
     Args:
         model: an injected model, or a baseline of :mod:`palora.baselines` (called
             ``model(lam, *inputs)``).
-        loader: batches ``(inputs, *targets)``.
+        loader: batches in the forms that :func:`palora.step_loss` takes: ``(inputs, *targets)``,
+            or a dict.
         fn: ``fn(output, *targets)`` returns the T mean losses of the batch, or a pair of them and
-            any number of metrics. Means over batches are weighed by the batch size.
-        prefs: ``(m, T)``, for example ``simplex_grid(2, 10)``.
+            of metrics: a number, a sequence, a tensor or a dict of them. Means over batches are
+            weighed by the batch size.
+        prefs: ``(m, T)``, for example ``simplex_grid(2, 10)``, or one preference.
         chunk: preferences in one pass.
         tasks: names, for baselines.
 
@@ -190,17 +199,17 @@ def evaluate(
         names = list(tasks) if tasks else [f"task{i}" for i in range(count)]
     else:
         names = state_of(model).tasks
-    values = as_preference(prefs, names).detach()
+    values = as_preference(prefs, names).detach().reshape(-1, len(names))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     total: Tensor | None = None
     seen = 0
     try:
         with torch.no_grad():
-            for inputs, *targets in loader:
-                args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-                size = args[0].shape[0]
-                rows = _rows(model, args, values, chunk, baseline)
+            for batch in loader:
+                args, kw, targets = split_batch(batch)
+                size = batch_size((args, kw))
+                rows = _rows(model, args, kw, values, chunk, baseline)
                 table = torch.stack([_scores(fn(row, *targets), names) for row in rows])
                 total = size * table if total is None else total + size * table
                 seen += size
@@ -216,12 +225,17 @@ def evaluate(
 
 
 def _rows(
-    model: nn.Module, args: tuple[Any, ...], values: Tensor, chunk: int | None, baseline: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kw: dict[str, Any],
+    values: Tensor,
+    chunk: int | None,
+    baseline: bool,
 ) -> list[Any]:
     """The outputs at each preference."""
     if baseline:
-        return [model(lam, *args) for lam in values]
-    outputs = multi(model, values, *args, chunk=chunk)
+        return [model(lam, *args, **kw) for lam in values]
+    outputs = multi(model, values, *args, chunk=chunk, **kw)
     return [
         tree_map(lambda leaf, m=m: leaf[m] if isinstance(leaf, Tensor) else leaf, outputs)
         for m in range(len(values))
@@ -232,6 +246,10 @@ def _scores(found: Any, names: Sequence[str]) -> Tensor:
     metrics: list[Tensor] = []
     if isinstance(found, tuple) and len(found) == 2 and not _is_scalar(found[0]):
         found, extra = found
+        if isinstance(extra, Mapping):
+            extra = list(extra.values())
+        if _is_scalar(extra):
+            extra = [extra]
         metrics = [torch.as_tensor(v).double().cpu() for v in extra]
     losses = torch.stack(as_losses(found, names)).double().cpu()
     return torch.cat([losses, torch.stack(metrics)]) if metrics else losses

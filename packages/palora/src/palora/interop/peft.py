@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from palora.core import functional as PF
 from palora.core.checkpoint import is_adapter_key, read_tensors, write_json, write_tensors
 from palora.core.inject import adapted_layers, inject
+from palora.core.layers import LayerSpec
 from palora.core.preference import PreferenceLike, as_preference, state_of
+from palora.core.targets import classify
 
 __all__ = ["from_peft", "to_peft"]
 
@@ -72,7 +74,7 @@ def to_peft(
                 tensors |= _tensors(name, layer, layer.palora_A[t], layer.palora_B[t])
             ranks = {name: layer._palora_spec.rank for name, layer in layers}
             rslora = state.config["scaling"] == "rslora"
-            alphas = dict.fromkeys(ranks, state.config["alpha"])
+            alphas = {name: _alpha(layer._palora_spec, rslora) for name, layer in layers}
             _write(folder / task, model, layers, tensors, ranks, alphas, rslora)
         return
     lam = as_preference(preference, state.tasks).detach()
@@ -88,6 +90,11 @@ def to_peft(
         tensors |= _tensors(name, layer, PF.stack_down(A), up)
         ranks[name] = len(lam) * spec.rank
     _write(folder, model, layers, tensors, ranks, ranks, False)
+
+
+def _alpha(spec: LayerSpec, rslora: bool) -> float:
+    """α of one layer, from its scale: LoRA folders may come with an α for each."""
+    return float(f"{spec.scale * (spec.rank**0.5 if rslora else spec.rank):.12g}")
 
 
 def _check(name: str, layer: Any) -> None:
@@ -142,9 +149,8 @@ def _write(
     names = [name for name, _ in layers]
     rank, alpha = ranks[names[0]], alphas[names[0]]
     # PEFT takes the first pattern that a name ends with: longer names first
-    odd = sorted((n for n in names if ranks[n] != rank), key=len, reverse=True)
-    if odd:
-        odd = sorted(names, key=len, reverse=True)
+    alike = all(ranks[n] == rank and alphas[n] == alpha for n in names)
+    odd = [] if alike else sorted(names, key=len, reverse=True)
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -182,7 +188,8 @@ def from_peft(
         The same object.
 
     Raises:
-        ValueError: the LoRAs differ in rank, scale or layers; or use a form other than plain LoRA.
+        ValueError: the LoRAs differ in rank, scale or layers; use a form other than plain LoRA; or
+            adapt layers that the model does not have.
         RuntimeError: the model is injected already.
     """
     if not isinstance(dirs, Mapping):
@@ -212,6 +219,9 @@ def from_peft(
         if found is None:
             raise ValueError(f"{key!r} is not a plain LoRA tensor")
         pairs.setdefault(found[1], {})[found[2]] = key
+    modules = dict(model.named_modules())
+    if lost := [n for n in pairs if n not in modules or classify(modules[n])[0] is None]:
+        raise ValueError(f"the model has no layer to take the LoRA of {', '.join(lost)}")
     config = configs[first]
     ranks = {name: files[first][keys["A"]].shape[0] for name, keys in pairs.items()}
     alpha_pattern = config.get("alpha_pattern") or {}
