@@ -54,7 +54,7 @@ def tolerant_accuracy(index: Tensor, exact: Tensor, y: Tensor, tolerance: float 
 
     With duplicated points the optimal matching is arbitrary and plain accuracy is meaningless.
     """
-    gap = (gather_points(y, index) - gather_points(y, exact)).norm(dim=-1)
+    gap: Tensor = (gather_points(y, index) - gather_points(y, exact)).norm(dim=-1)
     return (gap <= tolerance).double().mean(1)
 
 
@@ -67,7 +67,8 @@ def bijectivity(index: Tensor, size: int | None = None) -> Tensor:
     size = index.shape[1] if size is None else size
     hit = torch.zeros(len(index), size, dtype=torch.bool, device=index.device)
     hit.scatter_(1, index, torch.ones_like(index, dtype=torch.bool))
-    return hit.sum(1).double() / index.shape[1]
+    share: Tensor = hit.sum(1).double() / index.shape[1]
+    return share
 
 
 def gradient_cosine(gradient: Tensor, exact: Tensor, *, rows: bool = False) -> Tensor:

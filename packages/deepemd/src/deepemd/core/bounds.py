@@ -8,7 +8,9 @@ from torch import Tensor
 from deepemd.core.distance import cost_matrix, row_blocks
 
 
-def c_transform(x: Tensor, y: Tensor, g: Tensor, p: int = 1, chunk_size: int | None = None) -> Tensor:
+def c_transform(
+    x: Tensor, y: Tensor, g: Tensor, p: int = 1, chunk_size: int | None = None
+) -> Tensor:
     """Return ``f_i = min_j (C_ij - g_j)``, the best first potential for a second one.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ def check_clouds(
         TypeError: not tensors, or not floating point; masks that are not bool.
         ValueError: rank, batch, D or device differ, a cloud has no point, or a real point is not finite.
     """
-    for name, cloud in (("x", x), ("y", y)):
+    given: tuple[tuple[str, Any], ...] = (("x", x), ("y", y))
+    for name, cloud in given:
         if not isinstance(cloud, Tensor):
             raise TypeError(
                 f"{name} must be a torch.Tensor of coordinates, got {type(cloud).__name__}; "
@@ -89,7 +90,7 @@ def check_clouds(
     return Clouds(x, y, mask_x, mask_y, batched)
 
 
-def _check_mask(name: str, mask: Tensor | None, cloud: Tensor) -> Tensor | None:
+def _check_mask(name: str, mask: Any, cloud: Tensor) -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -102,7 +103,7 @@ def _check_mask(name: str, mask: Tensor | None, cloud: Tensor) -> Tensor | None:
     return mask
 
 
-def check_weights(name: str, weight: Tensor | None, cloud: Tensor) -> Tensor | None:
+def check_weights(name: str, weight: Any, cloud: Tensor) -> Tensor | None:
     """Check the weights of the points of a batched cloud; each row must be at least 0 and sum to 1."""
     if weight is None:
         return None
@@ -119,4 +120,5 @@ def check_weights(name: str, weight: Tensor | None, cloud: Tensor) -> Tensor | N
             f"{name} must be at least 0 and sum to 1 in every cloud, got sums {totals.tolist()[:4]}; "
             f"divide by {name}.sum(-1, keepdim=True)"
         )
-    return weight
+    checked: Tensor = weight
+    return checked

@@ -9,8 +9,8 @@ from deepemd.core.bounds import potentials_from_matching
 from deepemd.core.distance import cost_matrix
 from deepemd.core.model import MASKED, DeepEMD
 from deepemd.core.output import Solution
-from deepemd.solvers.auction import Costs, auction
-from deepemd.solvers.exact import assignment
+from deepemd.solvers._auction import Costs, auction
+from deepemd.solvers._exact import assignment
 
 DECODERS = ("argmax", "both", "soft", "sinkhorn", "round", "refine")
 STREAMED = ("argmax", "both")
@@ -84,7 +84,8 @@ def round_scores(logits: Tensor, *, workers: int | None = None) -> Solution:
         done = torch.ones(len(cost), dtype=torch.bool, device=cost.device)
     else:
         found = auction(Costs.of(cost), eps=1e-4)
-        assert found.index is not None and found.converged is not None
+        assert found.index is not None
+        assert found.converged is not None
         index, done = found.index, found.converged
     inverse = torch.full((len(cost), cost.shape[2]), -1, dtype=torch.long, device=cost.device)
     b, i = (index >= 0).nonzero(as_tuple=True)
@@ -98,7 +99,7 @@ def with_bounds(x: Tensor, y: Tensor, found: Solution, p: int = 1, sweeps: int =
     cost = cost_matrix(x, y, p)
     lower, f, g = potentials_from_matching(cost, found.index, sweeps)
     upper = cost.gather(2, found.index.unsqueeze(2)).mean((1, 2))
-    return found._replace(f=f, g=g, lower=torch.minimum(lower, upper), upper=upper)
+    return found.replace(f=f, g=g, lower=torch.minimum(lower, upper), upper=upper)
 
 
 def refine(
@@ -125,11 +126,13 @@ def refine(
         max_iter: rounds of the auction.
     """
     found = with_bounds(x, y, found, p, sweeps)
-    assert found.lower is not None and found.upper is not None and found.g is not None
+    assert found.lower is not None
+    assert found.upper is not None
+    assert found.g is not None
     met = found.upper - found.lower <= rtol * found.upper
     left = (~met).nonzero().squeeze(1)
     if len(left) == 0:
-        return found._replace(converged=met)
+        return found.replace(converged=met)
     gap = (found.upper - found.lower)[left]
     costs = Costs(x[left], y[left], p, dense=True)
     start = float((gap / costs.spread().clamp_min(torch.finfo(gap.dtype).tiny)).max())
@@ -137,7 +140,8 @@ def refine(
         costs, eps=None, rtol=rtol, prices=-found.g[left], eps_start=min(start, 0.2),
         max_iter=max_iter,
     )  # fmt: skip
-    assert better.upper is not None and better.lower is not None
+    assert better.upper is not None
+    assert better.lower is not None
     merged: dict[str, Tensor] = {}
     wins = better.upper < found.upper[left]
     for name in ("index", "inverse", "upper"):
@@ -146,7 +150,7 @@ def refine(
     for name in ("f", "g", "lower"):
         merged[name] = _choose(getattr(found, name), getattr(better, name), left, wins)
     met = merged["upper"] - merged["lower"] <= rtol * merged["upper"]
-    return found._replace(**merged, iterations=better.iterations, converged=met)  # type: ignore[arg-type]
+    return found.replace(**merged, iterations=better.iterations, converged=met)
 
 
 def _choose(old: Tensor, new: Tensor, where: Tensor, wins: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,24 +53,22 @@ class _PairDistance(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().sum(-1).sqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
         difference = a - b
-        distance = difference.square().sum(-1).sqrt()
-        return distance, difference
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        distance, difference = output
-        ctx.mark_non_differentiable(difference)
-        ctx.save_for_backward(distance, difference)
-
-    @staticmethod
-    def backward(ctx, grad, _unused):  # type: ignore[no-untyped-def]
-        distance, difference = ctx.saved_tensors
-        safe = torch.where(distance > 0, distance, torch.ones_like(distance))
-        unit = difference / safe.unsqueeze(-1)
-        grad = grad.unsqueeze(-1) * unit
-        return grad, -grad
+        squared = difference.square().sum(-1, keepdim=True)
+        apart = squared > 0
+        inverse = torch.where(apart, torch.where(apart, squared, 1.0).rsqrt(), 0.0)
+        pull = grad.unsqueeze(-1) * difference * inverse
+        return pull, -pull
 
 
 def pair_distance(a: Tensor, b: Tensor, p: int = 1) -> Tensor:
@@ -92,7 +91,7 @@ def pair_distance(a: Tensor, b: Tensor, p: int = 1) -> Tensor:
         a, b = torch.broadcast_tensors(working(a), working(b))
         if p == 2:
             return (a - b).square().sum(-1)
-        distance: Tensor = _PairDistance.apply(a, b)[0]
+        distance: Tensor = _PairDistance.apply(a, b)  # type: ignore[no-untyped-call]
     return distance
 
 

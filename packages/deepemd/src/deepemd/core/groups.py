@@ -19,12 +19,14 @@ class Group(NamedTuple):
     at_y: Tensor
 
 
-def _positions(mask: Tensor | None, size: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _positions(
+    mask: Tensor | None, size: int, batch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return the real points' positions, first in order, and their number per cloud."""
     if mask is None:
         every = torch.arange(size, device=device).expand(batch, size)
         return every, torch.full((batch,), size, device=device)
-    return (~mask).to(torch.uint8).argsort(1, stable=True), mask.sum(1)
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True), mask.sum(1)
 
 
 def groups(x: Tensor, y: Tensor, mask_x: Tensor | None, mask_y: Tensor | None) -> Iterator[Group]:
@@ -84,7 +86,7 @@ def solve_groups(
             _put(full, name, group, value)
         out[name] = full
     iterations = max(solution.iterations for _, solution in parts)
-    return Solution(iterations=iterations, **out), distance  # type: ignore[arg-type]
+    return Solution(iterations=iterations, **out), distance
 
 
 def _put(full: Tensor, name: str, group: Group, value: Tensor) -> None:

@@ -42,6 +42,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, *, biased: bool = False) -> None:
         super().__init__()
+        self.log_tau: nn.Parameter | None
         if width % heads:
             raise ValueError(f"width must be a multiple of heads, got {width} and {heads}")
         self.heads = heads
@@ -50,9 +51,11 @@ class Attention(nn.Module):
         if biased:
             self.log_tau = nn.Parameter(torch.tensor([2.0 * (h % 4) for h in range(heads)]))
         else:
-            self.register_parameter("log_tau", None)
+            self.log_tau = None
 
-    def forward(self, h: Tensor, points: Tensor, split: int, mix: Mix, keep: Tensor | None) -> Tensor:
+    def forward(
+        self, h: Tensor, points: Tensor, split: int, mix: Mix, keep: Tensor | None
+    ) -> Tensor:
         """Attend. ``h`` is (B, T, d), ``points`` (B, T, D), ``keep`` (B, T) or None; X is ``[:split]``."""
         batch, tokens, width = h.shape
         q, k, v = self.qkv(h).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -127,7 +130,9 @@ class Block(nn.Module):
             nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width)
         )
 
-    def forward(self, h: Tensor, points: Tensor, split: int, mix: Mix, keep: Tensor | None) -> Tensor:
+    def forward(
+        self, h: Tensor, points: Tensor, split: int, mix: Mix, keep: Tensor | None
+    ) -> Tensor:
         """Transform the tokens ``h`` (B, T, d)."""
         if self.post:
             h = self.norm1(h + self.attn(h, points, split, mix, keep))

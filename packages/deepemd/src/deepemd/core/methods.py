@@ -15,10 +15,10 @@ from deepemd.core.distance import cost_matrix, working
 from deepemd.core.groups import Group, solve_groups
 from deepemd.core.model import DeepEMD
 from deepemd.core.output import Solution, matching_cost, plan_cost
-from deepemd.solvers.auction import solve_auction
-from deepemd.solvers.exact import solve_exact, solve_transport
-from deepemd.solvers.simple import solve_approxmatch, solve_chamfer, solve_sliced
-from deepemd.solvers.sinkhorn import solve_sinkhorn
+from deepemd.solvers._auction import solve_auction
+from deepemd.solvers._exact import solve_exact, solve_transport
+from deepemd.solvers._simple import solve_approxmatch, solve_chamfer, solve_sliced
+from deepemd.solvers._sinkhorn import solve_sinkhorn
 
 METHODS = ("auto", "deepemd", "exact", "auction", "sinkhorn", "chamfer", "sliced", "approxmatch")
 UNEQUAL = ("transport", "partial", "error")
@@ -120,7 +120,9 @@ def run_network(
     if decode not in DECODERS:
         raise ValueError(f"decode must be one of {', '.join(DECODERS)}, got {decode!r}")
     if differentiate_weights and decode not in ("soft", "sinkhorn"):
-        raise ValueError("differentiate_weights needs decode='soft' or 'sinkhorn': a matching has none")
+        raise ValueError(
+            "differentiate_weights needs decode='soft' or 'sinkhorn': a matching has none"
+        )
     network = resolve_model(model, x)
     lx, ly = lift(network, x, y)
     if decode in STREAMED:
@@ -143,7 +145,7 @@ def run_network(
         )  # fmt: skip
         distance = cost_of(sub_x, sub_y, found, p, unequal)
         if found.plan is not None:
-            found = found._replace(plan=found.plan.detach())
+            found = found.replace(plan=found.plan.detach())
         return found, distance
 
     return solve_groups(x, y, mask_x, mask_y, solve)
@@ -216,27 +218,33 @@ def run_classical(
         distance = cost_of(sub_x, sub_y, found, p, unequal)
         if method == "exact":
             bound = distance.detach()
-            found = found._replace(lower=bound, upper=bound)
+            found = found.replace(lower=bound, upper=bound)
         elif found.plan is not None:
-            found = found._replace(plan=found.plan.detach())
+            found = found.replace(plan=found.plan.detach())
         if found.converged is None:
-            found = found._replace(
+            found = found.replace(
                 converged=torch.ones(len(sub_x), dtype=torch.bool, device=sub_x.device)
             )
-        return found._replace(value=None), distance
+        return found.replace(value=None), distance
 
     return solve_groups(x, y, mask_x, mask_y, solve)
 
 
 def _sinkhorn(
-    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, p: int, debias: bool = False, **options: Any
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    p: int,
+    debias: bool = False,
+    **options: Any,
 ) -> tuple[Solution, Tensor]:
     found = solve_sinkhorn(working(x), working(y), p=p, a=a, b=b, **options)
     assert found.plan is not None
-    found = found._replace(plan=found.plan.detach())
+    found = found.replace(plan=found.plan.detach())
     distance = cost_of(x, y, found, p, "sinkhorn")
     if debias:
         for cloud, weight in ((x, a), (y, b)):
             own = solve_sinkhorn(cloud, cloud, p=p, a=weight, b=weight, **options)
             distance = distance - cost_of(cloud, cloud, own, p, "sinkhorn") / 2
-    return found._replace(value=None), distance
+    return found.replace(value=None), distance

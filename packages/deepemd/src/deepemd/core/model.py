@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class DeepEMD(nn.Module):
         """Return what each block attends over."""
         if self.pattern == "joint":
             return ["joint"] * len(self.blocks)
-        return [("self", "cross")[i % 2] for i in range(len(self.blocks))]  # type: ignore[misc]
+        return [("self", "cross")[i % 2] for i in range(len(self.blocks))]
 
     def prepare(
         self,
@@ -179,7 +180,7 @@ class DeepEMD(nn.Module):
         """Scores of the rows in ``q``, at least in float32 whatever autocast says."""
         with torch.autocast(q.device.type, enabled=False):
             at_least = torch.promote_types(q.dtype, torch.float32)
-            s = (q.to(at_least) * q.shape[-1] ** -0.5) @ k.to(at_least).transpose(1, 2)
+            s: Tensor = (q.to(at_least) * q.shape[-1] ** -0.5) @ k.to(at_least).transpose(1, 2)
             if self.head.log_scale is not None:
                 inner = -cost_matrix(x, y).to(at_least)
                 if self.head.potential is not None:
@@ -275,6 +276,28 @@ class DeepEMD(nn.Module):
         pooled = torch.cat([_mean(hx, mask_x), _mean(hy, mask_y)], -1)
         value: Tensor = nn.functional.softplus(self.head.value(pooled)).squeeze(-1)
         return value * scale.flatten()
+
+    def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Write ``config.json`` and ``model.safetensors`` into a folder; see :mod:`deepemd.core.hub`."""
+        from deepemd.core.hub import save_pretrained
+
+        return save_pretrained(self, directory, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = "tiny",
+        *,
+        map_location: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> DeepEMD:
+        """Load a bundled checkpoint by name or a folder; nothing is downloaded.
+
+        Args and errors as for :func:`deepemd.core.hub.from_pretrained`.
+        """
+        from deepemd.core.hub import from_pretrained
+
+        return from_pretrained(name_or_path, map_location=map_location, dtype=dtype)
 
 
 def _mean(h: Tensor, mask: Tensor | None) -> Tensor:

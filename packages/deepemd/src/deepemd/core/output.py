@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +79,8 @@ _pytree.register_pytree_node(
 )
 
 
-class Solution(NamedTuple):
+@dataclass(frozen=True)
+class Solution:
     """What a solver found for pairs of one size, before distances are taken: detached tensors.
 
     ``index`` (B, N) and ``inverse`` (B, M) with -1 for unmatched; ``plan`` (B, N, M) summing to 1;
@@ -97,6 +98,10 @@ class Solution(NamedTuple):
     iterations: int = 0
     converged: Tensor | None = None
     value: Tensor | None = None
+
+    def replace(self, **changes: Any) -> Solution:
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)
 
 
 class _PlanCost(torch.autograd.Function):
@@ -140,7 +145,7 @@ def plan_cost(x: Tensor, y: Tensor, plan: Tensor, p: int = 1) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         x, y = working(x), working(y)
-        cost: Tensor = _PlanCost.apply(x, y, plan.to(x.dtype), p)
+        cost: Tensor = _PlanCost.apply(x, y, plan.to(x.dtype), p)  # type: ignore[no-untyped-call]
     return cost
 
 

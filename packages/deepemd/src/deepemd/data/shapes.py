@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,8 @@ def _circle(angle: Array) -> tuple[Array, Array]:
 
 def _sphere(n: int, rng: Rng, _p: Array) -> Array:
     x = rng.standard_normal((n, 3))
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+    out: Array = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return out
 
 
 def _box(n: int, rng: Rng, _p: Array) -> Array:
@@ -65,7 +67,8 @@ def _superquadric(n: int, rng: Rng, p: Array) -> Array:
     x = rng.standard_normal((n, 3))
     power = 2.0 / (0.3 + 2.0 * p[0])
     norm = (np.abs(x) ** power).sum(1, keepdims=True) ** (1 / power)
-    return x / np.maximum(norm, 1e-12)
+    out: Array = x / np.maximum(norm, 1e-12)
+    return out
 
 
 PRIMITIVES: dict[str, Callable[[int, Rng, Array], Array]] = {
@@ -79,6 +82,14 @@ PRIMITIVES: dict[str, Callable[[int, Rng, Array], Array]] = {
     "blob": _blob,
     "superquadric": _superquadric,
 }
+
+
+class Sampler(Protocol):
+    """Anything that points can be drawn from, again and again."""
+
+    def sample(self, n: int, rng: Rng) -> Array:
+        """Draw ``n`` points, (n, 3) float64, in random order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -108,8 +119,8 @@ class Shape:
 
 def random_rotation(rng: Rng) -> Array:
     """Draw a rotation of space, uniformly; a (3, 3) orthogonal matrix of determinant 1."""
-    q, r = np.linalg.qr(rng.standard_normal((3, 3)))
-    q = q * np.sign(np.diagonal(r))
+    raw, r = np.linalg.qr(rng.standard_normal((3, 3)))
+    q: Array = raw * np.sign(np.diagonal(r))
     if np.linalg.det(q) < 0:
         q[:, 0] = -q[:, 0]
     return q

@@ -36,7 +36,7 @@ class TrainConfig:
         sizes, first, last, points: see :class:`~deepemd.recipes.stream.BatchStream`.
         target: ``"matching"`` (paper), ``"distance"``, ``"both"`` or ``"dual"``.
         directions: of the matching loss.
-        weights, planar: the mixture of pairs.
+        weights, planar, decoder: the mixture of pairs.
         seed: of weights and data.
         workers: processes that make and label batches ahead of time.
         amp: bfloat16 autocast.
@@ -61,6 +61,7 @@ class TrainConfig:
     directions: str = "both"
     weights: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     planar: float = 0.2
+    decoder: float = 0.0
     seed: int = 0
     workers: int = 0
     amp: bool = False
@@ -81,8 +82,12 @@ class TrainConfig:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"{path}: unknown keys {unknown}; there are {', '.join(sorted(known))}")
-        lists = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+            raise ValueError(
+                f"{path}: unknown keys {unknown}; there are {', '.join(sorted(known))}"
+            )
+        lists: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         return cls(**lists)
 
 
@@ -94,21 +99,19 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
 
 
-def objective(model: nn.Module, batch: dict[str, Tensor], config: TrainConfig) -> Tensor:
+def objective(model: Any, batch: dict[str, Tensor], config: TrainConfig) -> Tensor:
     """Return the loss of one batch under the configured target."""
     x, y = batch["x"], batch["y"]
     loss = x.new_zeros(())
     if config.target in ("matching", "both", "dual"):
         logits = model(x, y)
         if config.target != "dual":
-            loss = loss + losses.matching_loss(
-                logits, batch["index"], directions=config.directions
-            )
+            loss = loss + losses.matching_loss(logits, batch["index"], directions=config.directions)
     if config.target == "dual":
-        _, g = model.potentials(x, y)  # type: ignore[operator]
+        _, g = model.potentials(x, y)
         loss = loss + losses.dual_loss(g, cost_matrix(x, y))
     if config.target in ("distance", "both"):
-        predicted = model.distance(x, y)  # type: ignore[operator]
+        predicted = model.distance(x, y)
         loss = loss + losses.distance_loss(predicted, batch["distance"])
     return loss
 
@@ -129,6 +132,7 @@ def _batches(config: TrainConfig, start: int) -> Iterator[dict[str, Tensor]]:
         points=config.points,
         seed=config.seed,
         spec=PairSpec(config.weights, planar=config.planar),
+        decoder=config.decoder,
     )
     loader: DataLoader[dict[str, Tensor]] = DataLoader(
         stream,
@@ -170,8 +174,9 @@ def train(config: TrainConfig, *, progress: bool = False) -> DeepEMD:
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         start, spent = int(state["step"]), float(state["seconds"])
-    forward = torch.compile(model) if config.compile else model
-    parameters, averages = list(model.parameters()), list(average.parameters())
+    forward: Any = torch.compile(model) if config.compile else model
+    parameters: list[Tensor] = list(model.parameters())
+    averages: list[Tensor] = list(average.parameters())
 
     def checkpoint(step: int, seconds: float) -> None:
         state = {
@@ -192,7 +197,7 @@ def train(config: TrainConfig, *, progress: bool = False) -> DeepEMD:
             with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.amp):
                 loss = objective(forward, batch, config)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
             decay = min(config.ema, (1 + step) / (10 + step))

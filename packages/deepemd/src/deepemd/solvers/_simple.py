@@ -11,9 +11,7 @@ from deepemd.core.output import Solution, matching_cost, plan_cost
 
 def nearest(x: Tensor, y: Tensor, chunk_size: int | None = None) -> Tensor:
     """Return the index (B, N) of the nearest point of ``y`` for each point of ``x``, in row blocks."""
-    parts = [
-        cost_matrix(x[:, rows], y, 2).argmin(2) for rows in row_blocks(x.shape[1], chunk_size)
-    ]
+    parts = [cost_matrix(x[:, rows], y, 2).argmin(2) for rows in row_blocks(x.shape[1], chunk_size)]
     return torch.cat(parts, 1)
 
 
@@ -65,7 +63,9 @@ def solve_sliced(
         raise ValueError(f"n_proj must be at least 1, got {n_proj}")
     if generator is None:
         generator = torch.Generator().manual_seed(seed)
-    theta = torch.randn(x.shape[2], n_proj, generator=generator, dtype=torch.float64, device=generator.device)
+    theta = torch.randn(
+        x.shape[2], n_proj, generator=generator, dtype=torch.float64, device=generator.device
+    )
     theta = (theta / theta.norm(dim=0)).to(x)
     with torch.autocast(x.device.type, enabled=False):
         u = (x @ theta).transpose(1, 2).sort(2).values

@@ -164,10 +164,8 @@ def auction(
         raise ValueError(f"eps must be positive, got {eps}")
     batch, n, m = costs.shape
     if n > m:
-        found = auction(
-            costs.transposed(), eps=eps, rtol=rtol, scaling=scaling, max_iter=max_iter
-        )
-        return found._replace(index=found.inverse, inverse=found.index, f=found.g, g=found.f)
+        found = auction(costs.transposed(), eps=eps, rtol=rtol, scaling=scaling, max_iter=max_iter)
+        return found.replace(index=found.inverse, inverse=found.index, f=found.g, g=found.f)
     top = costs.spread()
     dtype, device = top.dtype, top.device
     target = torch.maximum(
