@@ -240,6 +240,7 @@ def test_half_precision_weights_still_give_float32_scores() -> None:
     assert model(x, y).dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap of SDPA on a CPU: a loop
 def test_network_is_transparent_to_torch_func() -> None:
     model = network()
     x, y = pair(2, 5)

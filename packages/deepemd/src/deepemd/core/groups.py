@@ -69,24 +69,36 @@ def solve_groups(
     if not parts:
         return solve(x, y, None)
     distance = torch.cat(distances)[torch.cat(order).argsort()]
-    first = parts[0][1]
+    found = [solution for _, solution in parts]
+    if any(part.plan is not None for part in found):  # a matching beside a plan is one, too
+        found = [_with_plan(part) for part in found]
     out: dict[str, Tensor | None] = {}
     for name, shape, fill in (
         ("index", (batch, n), -1), ("inverse", (batch, m), -1), ("plan", (batch, n, m), 0.0),
         ("f", (batch, n), 0.0), ("g", (batch, m), 0.0), ("lower", (batch,), 0.0),
-        ("upper", (batch,), 0.0), ("converged", (batch,), 0),
+        ("upper", (batch,), torch.inf), ("converged", (batch,), 0),
     ):  # fmt: skip
-        values = [getattr(solution, name) for _, solution in parts]
-        if any(value is None for value in values):
+        values = [getattr(part, name) for part in found]
+        example = next((value for value in values if value is not None), None)
+        if example is None:
             out[name] = None
             continue
-        example = getattr(first, name)
         full = torch.full(shape, fill, dtype=example.dtype, device=example.device)
         for (group, _), value in zip(parts, values, strict=True):
-            _put(full, name, group, value)
+            if value is not None:
+                _put(full, name, group, value)
         out[name] = full
-    iterations = max(solution.iterations for _, solution in parts)
-    return Solution(iterations=iterations, **out), distance
+    return Solution(iterations=max(part.iterations for part in found), **out), distance
+
+
+def _with_plan(part: Solution) -> Solution:
+    if part.plan is not None or part.index is None or part.inverse is None:
+        return part
+    n, m = part.index.shape[1], part.inverse.shape[1]
+    plan = torch.zeros(len(part.index), n, m, device=part.index.device)
+    plan.scatter_(2, part.index.clamp_min(0).unsqueeze(2), 1.0)
+    plan = plan * (part.index >= 0).unsqueeze(2)
+    return part.replace(plan=plan / plan.sum((1, 2), keepdim=True))
 
 
 def _put(full: Tensor, name: str, group: Group, value: Tensor) -> None:

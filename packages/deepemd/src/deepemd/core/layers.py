@@ -58,7 +58,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend. ``h`` is (B, T, d), ``points`` (B, T, D), ``keep`` (B, T) or None; X is ``[:split]``."""
         batch, tokens, width = h.shape
-        q, k, v = self.qkv(h).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        heads = (3, self.heads, width // self.heads)
+        q, k, v = self.qkv(h).view(batch, tokens, *heads).permute(2, 0, 3, 1, 4)
         if mix == "joint":
             mixed = self._attend(q, k, v, points, points, keep)
         else:

@@ -48,7 +48,8 @@ class EMDOutput:
         if self.lower is None or self.upper is None:
             return None
         tiny = torch.finfo(self.upper.dtype).tiny
-        return (self.upper - self.lower).clamp_min(0) / self.upper.clamp_min(tiny)
+        gap = (self.upper - self.lower).clamp_min(0) / self.upper.clamp_min(tiny)
+        return gap.nan_to_num(nan=1.0)  # without an upper bound
 
     def squeeze(self) -> EMDOutput:
         """Drop the batch dimension of a single pair."""
