@@ -103,7 +103,8 @@ def verify_shard(path: str | Path, *, every: int = 1) -> int:
         if k % every:
             continue
         _, distance = exact_matching(item["x"].numpy(), item["y"].numpy())
-        if abs(distance - float(item["distance"])) > 2e-3 * max(distance, 1e-3):
+        # rounding to half precision moves a point of norm at most 1 by less than 2^-11
+        if abs(distance - float(item["distance"])) > 2**-10 + 1e-5 * distance:
             raise ValueError(
                 f"{path}: pair {k} is labelled {float(item['distance'])}, is {distance}"
             )

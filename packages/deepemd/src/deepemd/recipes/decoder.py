@@ -37,14 +37,14 @@ class DecoderPairs:
             model = PointAutoencoder(3, n_points)
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
         self.models: list[PointAutoencoder] = []
+        pool = torch.stack([self._shape(np.random.default_rng((seed, 1, k))) for k in range(64)])
+        choose = np.random.default_rng((seed, 3))
         for step in range((snapshots - 1) * every + 1):
             if step % every == 0:
                 copy = PointAutoencoder(3, n_points)
                 copy.load_state_dict(model.state_dict())
                 self.models.append(copy.eval())
-            x = torch.stack(
-                [self._shape(np.random.default_rng((seed, 1, step, k))) for k in range(16)]
-            )
+            x = pool[torch.from_numpy(choose.integers(len(pool), size=16))]
             optimizer.zero_grad()
             emd_loss(model(x), x, method="chamfer").backward()
             optimizer.step()
