@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -52,7 +51,7 @@ def lap(x: Tensor, y: Tensor, p: int = 1) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Iterator[torch.nn.Module]:
+def tiny() -> torch.nn.Module:
     import deepemd
 
-    yield deepemd.DeepEMD.from_pretrained("tiny")
+    return deepemd.DeepEMD.from_pretrained("tiny")

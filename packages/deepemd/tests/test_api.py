@@ -101,7 +101,9 @@ def test_round_is_the_permutation_of_largest_score_on_both_routes() -> None:
     index = round_scores(s).index
     assert index is not None
     for k in range(3):
-        best = max(itertools.permutations(range(6)), key=lambda o: float(s[k][range(6), list(o)].sum()))
+        best = max(
+            itertools.permutations(range(6)), key=lambda o: float(s[k][range(6), list(o)].sum())
+        )
         assert index[k].tolist() == list(best)
     from deepemd.solvers._auction import Costs, auction
 
@@ -277,7 +279,7 @@ def test_single_points_are_their_distance(options: dict) -> None:
 
 @pytest.mark.parametrize("options", METHODS, ids=names)
 @pytest.mark.parametrize(
-    "dtype,result",
+    ("dtype", "result"),
     [
         (torch.float16, torch.float32),
         (torch.bfloat16, torch.float32),
@@ -420,7 +422,9 @@ def test_loss_module_holds_a_frozen_network() -> None:
     expected = deepemd.emd(x, y, method="deepemd", model=model, decode="argmax").mean()
     torch.testing.assert_close(crit(x, y), expected)
     torch.testing.assert_close(copy.deepcopy(crit)(x, y), expected)
-    torch.testing.assert_close(EMDLoss(model="tiny")(x, y), deepemd.emd(x, y, method="deepemd").mean())
+    torch.testing.assert_close(
+        EMDLoss(model="tiny")(x, y), deepemd.emd(x, y, method="deepemd").mean()
+    )
 
 
 def test_pairwise_equals_the_double_loop_in_any_tiling() -> None:
@@ -513,7 +517,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("args,options,error,text", BAD, ids=[str(k) for k in range(len(BAD))])
+@pytest.mark.parametrize(
+    ("args", "options", "error", "text"), BAD, ids=[str(k) for k in range(len(BAD))]
+)
 def test_bad_input_is_named(args: tuple, options: dict, error: type, text: str) -> None:
     with pytest.raises(error, match=text):
         deepemd.emd(*args, **options)

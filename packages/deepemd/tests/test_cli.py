@@ -73,7 +73,7 @@ def test_bench_data_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    "arguments,told",
+    ("arguments", "told"),
     [
         (["distance", "a.las", "b.las"], "suffix must be one of"),
         (["distance", "a.npy", "b.npy"], "a.npy"),

@@ -34,7 +34,7 @@ def test_msn_s_module_returns_squared_distances_whose_root_mean_is_our_mean() ->
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("p,blur", [(1, 0.05), (2, 0.1)])
+@pytest.mark.parametrize(("p", "blur"), [(1, 0.05), (2, 0.1)])
 @pytest.mark.parametrize("debias", [True, False])
 def test_samples_loss_agrees_with_geomloss(p: int, blur: float, debias: bool) -> None:
     x, y = pair(2, 40)

@@ -241,7 +241,9 @@ def test_a_broken_download_is_resumed_verified_and_renamed(
     assert found.read_bytes() == content
     assert not path.with_name("f.bin.part").exists()
     assert "downloading" in capsys.readouterr().err
-    assert download.fetch(("http://nowhere.invalid",), path, checksum=digest, progress=False) == path
+    assert (
+        download.fetch(("http://nowhere.invalid",), path, checksum=digest, progress=False) == path
+    )
     with pytest.raises(ValueError, match="has MD5"):
         download.fetch((), path, checksum="0", progress=False)
     with pytest.raises(ValueError, match="has 5000 bytes, expected 1"):

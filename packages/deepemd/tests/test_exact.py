@@ -22,8 +22,7 @@ def brute_force(x: Tensor, y: Tensor) -> float:
     """The definition: the least mean distance over all permutations."""
     n = len(x)
     return min(
-        float((x - y[list(order)]).norm(dim=1).mean())
-        for order in itertools.permutations(range(n))
+        float((x - y[list(order)]).norm(dim=1).mean()) for order in itertools.permutations(range(n))
     )
 
 
@@ -105,7 +104,7 @@ def test_a_cloud_and_itself_have_distance_exactly_zero() -> None:
         assert deepemd.emd(x, x.clone(), method=method).tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("n,m", [(5, 8), (8, 5), (1, 6)])
+@pytest.mark.parametrize(("n", "m"), [(5, 8), (8, 5), (1, 6)])
 @pytest.mark.parametrize("backend", ["pot", "scipy"])
 def test_different_sizes_are_exact_transport(n: int, m: int, backend: str) -> None:
     x, y = pair(2, n, m=m)
@@ -143,7 +142,7 @@ def test_zero_weights_are_absent_points() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("n,m", [(4, 9), (9, 4)])
+@pytest.mark.parametrize(("n", "m"), [(4, 9), (9, 4)])
 @pytest.mark.parametrize("method", ["exact", "auction"])
 def test_partial_matching_equals_the_rectangular_assignment(n: int, m: int, method: str) -> None:
     x, y = pair(3, n, m=m)

@@ -94,7 +94,9 @@ def test_dual_loss_is_minus_a_lower_bound_and_tight_at_the_optimum() -> None:
     x, y = pair(3, 12)
     cost = cost_matrix(x, y)
     exact = torch.from_numpy(lap(x, y))
-    assert float(losses.dual_loss(torch.randn(3, 12, dtype=torch.float64), cost)) >= -float(exact.mean())
+    assert float(losses.dual_loss(torch.randn(3, 12, dtype=torch.float64), cost)) >= -float(
+        exact.mean()
+    )
     best = solve_exact(x, y, with_potentials=True)
     assert best.g is not None
     torch.testing.assert_close(losses.dual_loss(best.g, cost), -exact.mean(), rtol=1e-12, atol=0)

@@ -17,7 +17,6 @@ from deepemd.solvers._exact import solve_exact
 from deepemd.solvers._simple import approxmatch_plan
 from deepemd.solvers._sinkhorn import round_plan, solve_sinkhorn
 
-
 # --- distances -------------------------------------------------------------------------------------
 
 
@@ -199,7 +198,9 @@ def test_sinkhorn_plan_equals_pot_s(sizes: tuple[int, int]) -> None:
     found = solve_sinkhorn(x, y, reg=0.1, relative=False, tol=1e-10, n_iter=20000)
     for k in range(2):
         cost = ot.dist(x[k].numpy(), y[k].numpy(), metric="euclidean")
-        expected = ot.sinkhorn([], [], cost, 0.1, method="sinkhorn_log", stopThr=1e-12, numItermax=50000)
+        expected = ot.sinkhorn(
+            [], [], cost, 0.1, method="sinkhorn_log", stopThr=1e-12, numItermax=50000
+        )
         np.testing.assert_allclose(found.plan[k].numpy(), expected, atol=1e-8)
 
 
@@ -219,9 +220,7 @@ def test_sinkhorn_tends_to_the_exact_distance_as_reg_tends_to_zero() -> None:
 
 def test_sinkhorn_entropic_value_equals_pot_s() -> None:
     x, y = pair(1, 10)
-    found = solve_sinkhorn(
-        x, y, reg=0.2, relative=False, tol=1e-11, n_iter=20000, value="entropic"
-    )
+    found = solve_sinkhorn(x, y, reg=0.2, relative=False, tol=1e-11, n_iter=20000, value="entropic")
     cost = ot.dist(x[0].numpy(), y[0].numpy(), metric="euclidean")
     plan = ot.sinkhorn([], [], cost, 0.2, method="sinkhorn_log", stopThr=1e-13, numItermax=50000)
     kl = (plan * np.log(plan * 100)).sum()
@@ -244,7 +243,10 @@ def test_sinkhorn_with_weights_respects_them(rng: np.random.Generator) -> None:
 
 def test_rounded_plans_have_exact_marginals() -> None:
     plan = torch.rand(2, 5, 7, dtype=torch.float64)
-    a, b = torch.full((2, 5), 0.2, dtype=torch.float64), torch.full((2, 7), 1 / 7, dtype=torch.float64)
+    a, b = (
+        torch.full((2, 5), 0.2, dtype=torch.float64),
+        torch.full((2, 7), 1 / 7, dtype=torch.float64),
+    )
     rounded = round_plan(plan / plan.sum((1, 2), keepdim=True), a, b)
     torch.testing.assert_close(rounded.sum(2), a, rtol=0, atol=1e-15)
     torch.testing.assert_close(rounded.sum(1), b, rtol=0, atol=1e-15)
@@ -322,7 +324,10 @@ def naive_approxmatch(x: Tensor, y: Tensor) -> Tensor:
     match = torch.zeros(n, m, dtype=torch.float64)
     for j in range(7, -3, -1):
         level = 0.0 if j == -2 else -(4.0**j)
-        w = [[float(np.exp(level * float((x[k] - y[s]).square().sum()))) for s in range(m)] for k in range(n)]
+        w = [
+            [float(np.exp(level * float((x[k] - y[s]).square().sum()))) for s in range(m)]
+            for k in range(n)
+        ]
         a = [left[k] / (sum(w[k][s] * right[s] for s in range(m)) + 1e-9) for k in range(n)]
         r = []
         for s in range(m):

@@ -65,9 +65,7 @@ def test_decoder_pairs_are_a_shape_and_its_reconstruction_and_can_be_mixed_in() 
     a, b = source.pair(5), again.pair(5)
     assert all(a[key].equal(b[key]) for key in a)
     assert sorted(a["index"].tolist()) == list(range(8))
-    mixed = BatchStream(
-        2, sizes=(8,), first=(1,), last=(1,), points=64, seed=0, decoder=0.5
-    )
+    mixed = BatchStream(2, sizes=(8,), first=(1,), last=(1,), points=64, seed=0, decoder=0.5)
     assert mixed[0]["x"].shape == (8, 8, 3)
 
 
@@ -275,7 +273,9 @@ def test_a_report_holds_every_set_and_decoder_and_draws(tmp_path: Path) -> None:
 def test_the_frontier_measures_every_method_and_peer_and_draws() -> None:
     from matplotlib.figure import Figure
 
-    rows = frontier((16,), pairs=2, repeats=1, third_party=("pot", "lapx", "geomloss"), progress=True)
+    rows = frontier(
+        (16,), pairs=2, repeats=1, third_party=("pot", "lapx", "geomloss"), progress=True
+    )
     names = {row["method"] for row in rows}
     assert {"exact (SciPy)", "auction", "sinkhorn", "network, refine", "POT emd2 (exact)"} <= names
     for row in rows:
@@ -297,5 +297,3 @@ def test_frozen_sets_are_frozen() -> None:
     # the first pair of the set, as it was when the model card was written
     assert float(frozen_set(64, 1).distance[0]) == pytest.approx(FIRST_DISTANCE, rel=1e-5)
     assert dataclasses.is_dataclass(a)
-
-

@@ -17,7 +17,7 @@ from deepemd.core.model import DeepEMD
 FORMAT = 1
 WEIGHTS = Path(__file__).parents[1] / "weights"
 SHA256: dict[str, str] = {
-    "tiny": "1815b32dac01bf91db4f44c9a4d48ee6d8633f60c06596f643764729f9ab91fb",
+    "tiny": "f8b8859d89a92ac79096712846bd44f9e4a32476d550d6c06d97a68425fbc021",
 }
 
 
