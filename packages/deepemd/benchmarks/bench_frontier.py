@@ -1,4 +1,7 @@
-"""Error against time of every method and peer, at N = 128 .. 4096, in one process; writes JSON and figures."""
+"""Error against time of every method and peer, at N = 128 .. 4096, in one process; writes JSON and figures.
+
+Rows that an earlier run left in the folder are kept unless they are measured again (``--methods``).
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=20.0, help="seconds per figure")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--out", default="build/frontier")
@@ -48,15 +52,18 @@ def main() -> None:
     ]
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    found = out / "frontier.json"
+    rows = json.loads(found.read_text(encoding="utf-8"))["rows"] if found.exists() else []
     for n in args.sizes:
-        rows += frontier(
-            (n,), pairs=args.pairs, repeats=args.repeats, methods=args.methods, third_party=peers,
+        new = frontier(
+            (n,), pairs=args.pairs, repeats=args.repeats, limit=args.limit, methods=args.methods, third_party=peers,
             progress=True,
         )  # fmt: skip
+        keys = {(row["n"], row["method"], row["setting"]) for row in new}
+        rows = [r for r in rows if (r["n"], r["method"], r["setting"]) not in keys] + new
         data = {"rows": rows, "environment": environment()}
-        (out / "frontier.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
-    for row in rows:
+        found.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    for row in sorted(rows, key=lambda row: row["n"]):
         cosine = row["gradient_cosine"]
         print(
             f"| {row['n']} | {row['method']} | {row['setting']} | {row['ms_per_pair']:.2f} | "

