@@ -179,6 +179,21 @@ def test_differentiated_weights_reach_the_network() -> None:
         deepemd.emd(x, y, method="deepemd", differentiate_weights=True)
 
 
+def test_a_dual_head_bounds_its_argmax_from_below_and_starts_the_exact_solver() -> None:
+    model = DeepEMD(3, 16, 1, 2, head="dual")
+    x, y = pair(3, 20, dtype=torch.float32)
+    exact = torch.from_numpy(lap(x, y))
+    out = deepemd.match(x, y, method="deepemd", model=model, decode="argmax")
+    assert out.lower is not None
+    assert out.upper is None
+    assert out.rel_gap is None
+    assert bool((out.lower.double() <= exact + 1e-5).all())
+    warm = deepemd.emd(x, y, method="exact", warm_start=model)
+    np.testing.assert_allclose(warm.numpy(), exact.numpy(), rtol=1e-6)
+    other = deepemd.match(x, y[:, :9], method="deepemd", model=model, decode="argmax")
+    assert other.lower is None
+
+
 def test_decode_logits_knows_every_decoder() -> None:
     x, y = pair(2, 8)
     s = -torch.cdist(x, y)

@@ -176,6 +176,26 @@ def test_eight_pairs_are_learned_by_heart() -> None:
     assert accuracy == 1.0
 
 
+@pytest.mark.slow
+def test_matching_gives_the_better_gradient_than_regression_from_the_same_trunk(
+    tmp_path: Path,
+) -> None:
+    trunk = {"dim": 3, "width": 32, "depth": 2, "heads": 4, "fourier": 4}
+    shared = {"steps": 300, "sizes": (16,), "first": (1.0,), "last": (1.0,), "points": 256}
+    test = frozen_set(16, 64)
+    matching = train(config(tmp_path / "m", model=trunk, **shared))
+    cosine = measure(test, method="deepemd", model=matching, decode="soft")["gradient_cosine"]
+    nearest = measure(test, method="chamfer")["gradient_cosine"]
+    regressing = train(
+        config(tmp_path / "d", model={**trunk, "value": True}, target="distance", **shared)
+    )
+    x = test.x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(regressing.distance(x, test.y).sum(), x)
+    regressed = float(metrics.gradient_cosine(gradient, exact_gradient(test)).mean())
+    assert cosine > regressed + 0.2
+    assert cosine > nearest
+
+
 # --- checkpoints -----------------------------------------------------------------------------------
 
 

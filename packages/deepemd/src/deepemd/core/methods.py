@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepemd.core import hub
-from deepemd.core.bounds import potentials_from_matching
+from deepemd.core.bounds import lower_bound, potentials_from_matching
 from deepemd.core.decode import DECODERS, STREAMED, decode_logits, decode_streamed
 from deepemd.core.distance import cost_matrix, working
 from deepemd.core.groups import Group, solve_groups
@@ -130,6 +130,10 @@ def run_network(
             network, lx.detach(), ly.detach(), mask_x, mask_y,
             chunk_size=chunk_size, normalize=normalize,
         )  # fmt: skip
+        if network.head.potential is not None and mask_x is mask_y is None and p == 1:
+            found = _with_dual_bound(
+                network, lx.detach(), ly.detach(), found, normalize, chunk_size
+            )
         return found, cost_of(x, y, found, p, decode)
     with torch.set_grad_enabled(differentiate_weights and torch.is_grad_enabled()):
         logits = network(lx, ly, mask_x, mask_y, normalize=normalize)
@@ -149,6 +153,18 @@ def run_network(
         return found, distance
 
     return solve_groups(x, y, mask_x, mask_y, solve)
+
+
+def _with_dual_bound(
+    network: DeepEMD, x: Tensor, y: Tensor, found: Solution, normalize: str, chunk_size: int | None
+) -> Solution:
+    """Attach the bound of a dual head's potentials to a matching that has no bound of its own."""
+    if x.shape[1] != y.shape[1]:
+        return found
+    with torch.no_grad():
+        _, g = network.potentials(x, y, normalize=normalize)
+    lower, f, g = lower_bound(x, y, g.to(x.dtype), 1, chunk_size)
+    return found.replace(lower=lower, f=f, g=g)
 
 
 def warm_potentials(

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from deepemd.core.bounds import potentials_from_matching
@@ -36,6 +35,10 @@ def require(module: str, extra: str) -> None:
 
 
 def _lap_scipy(cost: Array) -> Array:
+    from scipy.optimize import (
+        linear_sum_assignment,  # here: it takes longer to import than all else
+    )
+
     rows, columns = linear_sum_assignment(cost)
     index = np.full(cost.shape[0], -1, dtype=np.int64)
     index[rows] = columns
