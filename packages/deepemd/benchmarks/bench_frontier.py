@@ -44,11 +44,15 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=20.0, help="seconds per figure")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--peers", nargs="*", help="of pot, pot-batch, lapx, geomloss (all)")
     parser.add_argument("--out", default="build/frontier")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    libraries = {"pot": "ot", "pot-batch": "ot", "lapx": "lap", "geomloss": "geomloss"}
     peers = [
-        n for n, m in (("pot", "ot"), ("lapx", "lap"), ("geomloss", "geomloss")) if installed(m)
+        name
+        for name in (libraries if args.peers is None else args.peers)
+        if installed(libraries[name])
     ]
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -129,10 +129,13 @@ def test_refine_starts_from_any_bijection_and_keeps_its_best() -> None:
     index = torch.stack([torch.randperm(20) for _ in range(4)])
     inverse = index.argsort(1)
     start = Solution(index, inverse, converged=torch.ones(4, dtype=torch.bool))
-    found = refine(x, y, start, rtol=1e-3)
-    np.testing.assert_allclose(found.upper.numpy(), lap(x, y), rtol=1e-3)
-    assert found.index.gather(1, found.inverse).equal(torch.arange(20).expand(4, 20))
-    few = refine(x, y, start, rtol=1e-6, max_iter=1)
+    for exact in (True, False):
+        found = refine(x, y, start, rtol=1e-3, exact=exact)
+        np.testing.assert_allclose(found.upper.numpy(), lap(x, y), rtol=1e-3)
+        assert found.index.gather(1, found.inverse).equal(torch.arange(20).expand(4, 20))
+        assert bool(found.converged.all())
+        assert bool((found.lower.numpy() <= lap(x, y) * (1 + 1e-12)).all())
+    few = refine(x, y, start, rtol=1e-6, max_iter=1, exact=False)
     assert not bool(few.converged.any())
 
 

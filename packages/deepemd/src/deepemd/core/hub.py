@@ -17,7 +17,7 @@ from deepemd.core.model import DeepEMD
 FORMAT = 1
 WEIGHTS = Path(__file__).parents[1] / "weights"
 SHA256: dict[str, str] = {
-    "tiny": "f8b8859d89a92ac79096712846bd44f9e4a32476d550d6c06d97a68425fbc021",
+    "tiny": "18a1498f7be8a3a79fd38d16cc6b35e6bb41ff0cce1504cf805d8c499e90065f",
 }
 
 

@@ -155,7 +155,7 @@ def evaluate(
 
     Args:
         model: the network.
-        sizes: values of N; each with at most ``4096 * pairs / N`` pairs.
+        sizes: values of N; the large ones with fewer pairs, but at least 16.
         pairs: pairs per set.
         decoders: which decoders to report.
         seed: of the sets.
@@ -167,7 +167,7 @@ def evaluate(
     """
     sets = []
     for n in sizes:
-        count = max(min(pairs, 65536 // n), 8)
+        count = min(pairs, max(2**23 // n**2, 16))
         sets += [frozen_set(n, count, shapes=kind, seed=seed) for kind in ("train", "unseen")]
     if 2 in model.trained_dims:
         try:

@@ -75,6 +75,9 @@ def peers(test: TestSet, names: Sequence[str]) -> list[tuple[str, Callable[[], T
             return torch.tensor(values)
 
         calls.append(("POT emd2 (exact)", network_simplex))
+    if "pot-batch" in names:
+        import ot
+
         if hasattr(ot, "batch"):
             for n_iter in (20, 200):
 
@@ -132,7 +135,7 @@ def frontier(
         limit: seconds after which no further call is made.
         model: the network (default the bundled one).
         methods: only those whose name starts with one of these.
-        third_party: of ``"pot"``, ``"lapx"``, ``"geomloss"``.
+        third_party: of ``"pot"``, ``"pot-batch"``, ``"lapx"``, ``"geomloss"``.
         device: where to run.
         progress: a line per figure on stderr.
 
