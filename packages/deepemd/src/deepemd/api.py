@@ -329,7 +329,7 @@ def explain(x: Tensor, y: Tensor, **options: Any) -> str:
     """Print which method ``"auto"`` stands for on these clouds, and why; return its name.
 
     >>> explain(torch.rand(64, 3), torch.rand(64, 3))
-    exact: on a CPU the exact solver is the fastest of all up to about N=2048
+    exact: on a CPU nothing certified is faster than exact, up to about N=2048
     'exact'
     """
     clouds = check_clouds(x, y, options.get("mask_x"), options.get("mask_y"))

@@ -44,7 +44,7 @@ def choose(
     if on_cpu:
         if size <= EXACT_LIMIT:
             return "exact", (
-                f"on a CPU the exact solver is the fastest of all up to about N={EXACT_LIMIT}"
+                f"on a CPU nothing certified is faster than exact, up to about N={EXACT_LIMIT}"
             )
         return "auction", f"on a CPU with more than {EXACT_LIMIT} points; certified"
     covers = isinstance(model, DeepEMD) or dim in hub.from_pretrained(BUNDLED).trained_dims
