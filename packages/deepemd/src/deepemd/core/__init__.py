@@ -1,0 +1,1 @@
+"""The core: clouds, distances, the network, its decoders, bounds and checkpoints."""
