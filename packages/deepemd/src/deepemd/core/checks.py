@@ -32,7 +32,7 @@ def check_clouds(
         x, y: (B, N, D) and (B, M, D), or (N, D) and (M, D).
         mask_x, mask_y: (B, N) and (B, M) bool (or without B), True for real points.
         check_finite: look at every coordinate once; False saves that pass (and a synchronisation on an
-            accelerator).
+            accelerator). Inside a compiled region nothing is looked at.
 
     Raises:
         TypeError: not tensors, or not floating point; masks that are not bool.
@@ -76,7 +76,7 @@ def check_clouds(
     for name, cloud, mask in (("x", x, mask_x), ("y", y, mask_y)):
         if cloud.shape[1] == 0:
             raise ValueError(f"{name} has no points: {tuple(cloud.shape)}; N must be at least 1")
-        if check_finite:
+        if check_finite and not torch.compiler.is_compiling():  # a graph cannot look at values
             finite = cloud.detach().isfinite().all(-1)
             if mask is not None:
                 if not bool(mask.any(1).all()):
