@@ -18,7 +18,19 @@ from denseformer.core.run import DepthRun, check_stream
 BACKENDS = ("auto", "eager", "reference")
 
 
-class DWA(nn.Module):
+class KeepsDtype(nn.Module):
+    """A module whose floating-point tensors move between devices but keep their type under casts."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            same = moved.dtype == t.dtype or not t.is_floating_point()
+            return moved if same else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+
+
+class DWA(KeepsDtype):
     """Depth-weighted averages after the blocks of a stack: ``Y_i = Σ_{j in S_i} α_ij X_j``.
 
     X_0 is the embedding, X_i the output of block i, Y_i the input of block i + 1 (paper, section 3). At
@@ -86,6 +98,7 @@ class DWA(nn.Module):
                 "16-bit type are larger than an optimizer's"
             )
         self.spec = Geometry.build(depth, dilation, period, pattern, last_k, groups)
+        self.plan: Plan = plan_of(self.spec)
         if not self.spec.rows:
             warnings.warn(
                 f"period={period} is beyond depth={depth}: no average at all, a plain network",
@@ -121,11 +134,6 @@ class DWA(nn.Module):
     def rows(self) -> tuple[int, ...]:
         """Depths, from 1, that have an average."""
         return self.spec.rows
-
-    @property
-    def plan(self) -> Plan:
-        """How the averages are computed."""
-        return plan_of(self.spec)
 
     def sources(self, i: int) -> tuple[int, ...]:
         """Return S_i, the representations that row i reads; empty where depth i has no average."""
@@ -175,7 +183,9 @@ class DWA(nn.Module):
         """Return the run; :meth:`begin` is the documented way to it."""
         check_stream(x0, "x0")
         if partials:
-            raise ValueError("this DWA holds the whole network and takes no partials; see denseformer.pipeline")
+            raise ValueError(
+                "this DWA holds the whole network and takes no partials; see denseformer.pipeline"
+            )
         return DepthRun(
             self.plan,
             self.weight,
@@ -200,15 +210,6 @@ class DWA(nn.Module):
     def extra_repr(self) -> str:
         """Describe the geometry."""
         return str(self.spec)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DWA:
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            same = moved.dtype == t.dtype or not t.is_floating_point()
-            return moved if same else t.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
-        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any],

@@ -70,7 +70,12 @@ class Forward:
             init = start if init is None else start + init
         stop = row.offset + len(row.sources)
         weights = self.coefficients.at(stop - len(row.inside), stop)
-        y = kernels.combine(self.take(row.inside), weights, init)
+        out = self.coefficients.dtype if self.plan.steps[row.index] > self.plan.depth else None
+        if row.inside:
+            y = kernels.combine(self.take(row.inside), weights, init, out)
+        else:
+            assert init is not None
+            y = init.clone()
         if row.index == group.stop - 1:
             self._partial = None
         return y
@@ -100,6 +105,7 @@ class RowFunction(torch.autograd.Function):
         init: Tensor | None,
         *owned: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute Y and the two tokens."""
         ctx.set_materialize_grads(False)
         plan, group = engine.plan, engine.plan.groups[row.group]
         x = owned[-1] if owned else engine.take(row.sources)[-1]
@@ -122,6 +128,8 @@ class RowFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *tokens: Tensor | None) -> tuple[Any, ...]:
         """Place this row's gradient in the slab and pull those of its columns from it."""
         present = [t for t in (grad, *tokens) if t is not None]
+        if not present:
+            return (None,) * (6 + len(ctx.needs_input_grad[6:]))
         if torch.is_grad_enabled() or any(map(_is_wrapped, present)):
             slab, matrix, found = _differentiable(ctx, grad, *tokens)
         else:
@@ -146,7 +154,8 @@ class RowFunction(torch.autograd.Function):
 
 
 def _is_wrapped(t: Tensor) -> bool:
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))
+    functorch = torch._C._functorch
+    return bool(functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t))
 
 
 def _saved(ctx: Any, group: Group) -> tuple[list[Tensor] | None, list[Tensor] | None]:
@@ -236,7 +245,8 @@ def _differentiable(
         pulled = torch.tensordot(dense[r:, c], below, dims=1).to(ctx.dtype)
         found.append(pulled if needed else None)
         if own is not None:
-            inner = below.flatten(1) @ own[n].to(dense.dtype).flatten()
+            products = below * own[n].to(dense.dtype)
+            inner = products.reshape(rows - r, own[n].numel()).sum(1)
             step = torch.nn.functional.pad(inner, (r, 0)).unsqueeze(1)
             step = torch.nn.functional.pad(step, (c, plan.columns - c - 1))
             matrix = step if matrix is None else matrix + step

@@ -33,7 +33,9 @@ def _check_mask(mask: Tensor, depth: int) -> tuple[tuple[int, ...], ...]:
     for i, line in enumerate(mask.tolist(), start=1):
         sources = tuple(j for j, kept in enumerate(line) if kept)
         if sources and sources[-1] > i:
-            raise ValueError(f"mask row {i} reads X_{sources[-1]}, which does not exist before depth {i + 1}")
+            raise ValueError(
+                f"mask row {i} reads X_{sources[-1]}, which does not exist before depth {i + 1}"
+            )
         if sources and sources[-1] != i:
             raise ValueError(f"mask row {i} must include its diagonal, X_{i}, or be empty")
         found.append(sources)

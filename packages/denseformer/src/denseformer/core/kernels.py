@@ -46,8 +46,13 @@ def _first(x: Tensor, w: Scalar, init: Tensor | None, dtype: torch.dtype) -> Ten
     return x.to(dtype) * w
 
 
-def combine(xs: Sequence[Tensor], ws: Sequence[Scalar], init: Tensor | None = None) -> Tensor:
-    """Return init + Σ w x in the type of ``xs``, a fresh tensor.
+def combine(
+    xs: Sequence[Tensor],
+    ws: Sequence[Scalar],
+    init: Tensor | None = None,
+    out: torch.dtype | None = None,
+) -> Tensor:
+    """Return init + Σ w x, a fresh tensor of type ``out``, by default that of ``xs``.
 
     Args:
         xs: representations of one shape, type and device.
@@ -55,28 +60,32 @@ def combine(xs: Sequence[Tensor], ws: Sequence[Scalar], init: Tensor | None = No
         init: of the accumulation type; absent means 0.
     """
     x = xs[-1]
-    dtype = accumulate_dtype(x.dtype)
+    dtype, out = accumulate_dtype(x.dtype), out or x.dtype
     size = x.numel()
     if len(xs) > 6 and size <= SMALL:
         stack = torch.stack(list(xs)).view(len(xs), size).to(dtype)
         row = torch.stack(ws) if isinstance(ws[0], Tensor) else torch.tensor(ws, dtype=dtype)  # type: ignore[arg-type]
         total = torch.mv(stack.t(), row).view(x.shape)
-        return (total if init is None else total.add_(init)).to(x.dtype)
+        return (total if init is None else total.add_(init)).to(out)
     if size > 2 * CHUNK and len(xs) > 1 and x.device.type == "cpu":
         parts = [*xs, init] if init is not None else list(xs)
         if all(t.is_contiguous() for t in parts):
-            return _combine_chunks(xs, ws, init, dtype)
+            return _combine_chunks(xs, ws, init, dtype, out)
     total = _first(x, ws[-1], init, dtype)
     for t, w in zip(xs[:-1], ws[:-1], strict=True):
         total = add(total, t, w)
-    return total.to(x.dtype)
+    return total.to(out)
 
 
 def _combine_chunks(
-    xs: Sequence[Tensor], ws: Sequence[Scalar], init: Tensor | None, dtype: torch.dtype
+    xs: Sequence[Tensor],
+    ws: Sequence[Scalar],
+    init: Tensor | None,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """The same, chunk by chunk, so that the running sum stays in the cache."""
-    out = torch.empty_like(xs[-1])
+    out = torch.empty_like(xs[-1], dtype=out_dtype)
     chunks = [t.view(-1).split(CHUNK) for t in xs]
     starts = init.view(-1).split(CHUNK) if init is not None else None
     for k, target in enumerate(out.view(-1).split(CHUNK)):

@@ -56,6 +56,16 @@ class Plan:
     sources: tuple[tuple[int, ...], ...]
     steps: tuple[int, ...]  # block after which each row is computed; depth + 1 for the tail
     size: int  # rows of a group
+    keep: tuple[int, ...] = ()  # columns that the next pipeline stage wants
+    payload: tuple[
+        int, ...
+    ] = ()  # rows for the next stage; -1 is a partial sum passed on as it came
+
+    def __post_init__(self) -> None:
+        _ = self.rows, self.row_at, self.tail  # known before torch.compile traces a run
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self
 
     @cached_property
     def columns(self) -> int:
@@ -93,7 +103,11 @@ class Plan:
             done = tuple(
                 c
                 for c in range(known)
-                if (self.last_reader[c] <= r and (c < start or not several)) or self.last_reader[c] <= end
+                if c not in self.keep
+                and (
+                    (self.last_reader[c] <= r and (c < start or not several))
+                    or self.last_reader[c] <= end
+                )
             )
             made.append(Row(r, sources, owned, inside, done, offset, r // self.size, slot))
             seen, offset, slot = known, offset + len(sources), slot + len(owned)
@@ -142,7 +156,9 @@ class Plan:
             rows = group.stop - group.start
             total += len(group.old) + 2 * rows * bool(group.old) + rows
             old = set(group.old)
-            total += sum(c not in old for row in self.rows[group.start : group.stop] for c in row.sources)
+            total += sum(
+                c not in old for row in self.rows[group.start : group.stop] for c in row.sources
+            )
         return total
 
     @cached_property
@@ -168,11 +184,19 @@ def _positions(sources: tuple[tuple[int, ...], ...], columns: int, device: torch
         return torch.tensor(flat, dtype=torch.long, device=device)
 
 
-def best_plan(depth: int, first: int, sources: Sequence[Sequence[int]], steps: Sequence[int]) -> Plan:
+def best_plan(
+    depth: int,
+    first: int,
+    sources: Sequence[Sequence[int]],
+    steps: Sequence[int],
+    keep: Sequence[int] = (),
+    payload: Sequence[int] = (),
+) -> Plan:
     """Return the plan with the group size of least traffic; one group means plain pull."""
     args = (depth, first, tuple(map(tuple, sources)), tuple(steps))
     sizes = [s for s in range(2, len(steps)) if s * s <= 4 * len(steps)]
-    plans = [Plan(*args, size) for size in [max(len(steps), 1), *sizes]]
+    ends = (tuple(keep), tuple(payload))
+    plans = [Plan(*args, size, *ends) for size in [max(len(steps), 1), *sizes]]
     return min(plans, key=lambda plan: plan.traffic)
 
 

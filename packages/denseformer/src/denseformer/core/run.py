@@ -24,7 +24,12 @@ def needs_functional(x: Tensor) -> bool:
     )
 
 
-def literal(xs: Sequence[Tensor], weight: Tensor, init: Tensor | None = None) -> Tensor:
+def literal(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    init: Tensor | None = None,
+    out: torch.dtype | None = None,
+) -> Tensor:
     """Return init + Σ_j w_j x_j as it is written, one product and one sum per term."""
     dtype = kernels.accumulate_dtype(xs[0].dtype)
     total = init
@@ -32,7 +37,7 @@ def literal(xs: Sequence[Tensor], weight: Tensor, init: Tensor | None = None) ->
         term = x.to(dtype) * w
         total = term if total is None else total + term
     assert total is not None
-    return total.to(xs[0].dtype)
+    return total.to(out or xs[0].dtype)
 
 
 def beside(weight: Tensor, x: Tensor) -> Tensor:
@@ -49,7 +54,9 @@ def beside(weight: Tensor, x: Tensor) -> Tensor:
 def check_stream(x: object, name: str) -> Tensor:
     """Return ``x`` if it can be averaged: a tensor of real floating-point numbers."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor or a tuple that starts with one, got {type(x).__name__}")
+        raise TypeError(
+            f"{name} must be a tensor or a tuple that starts with one, got {type(x).__name__}"
+        )
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a tensor of a real floating-point type, got {x.dtype}")
     return x
@@ -80,6 +87,7 @@ class DepthRun:
         x0: Tensor,
         columns: Sequence[Tensor],
         inits: Mapping[int, Tensor] | None = None,
+        passing: Sequence[Tensor] = (),
         *,
         reference: bool = False,
         recompute: bool = False,
@@ -87,6 +95,7 @@ class DepthRun:
     ) -> None:
         self._plan = plan
         self._inits = dict(inits or {})
+        self._passing = list(passing)
         self._like = x0.shape, x0.dtype, x0.device
         self._offset = offset
         self._depth = 0
@@ -102,11 +111,18 @@ class DepthRun:
         if reference or needs_functional(x0):
             self._weight = beside(weight, x0)
         else:
-            _outside_backward()
+            outside_backward()
             self._engine = Forward(plan, Coefficients(weight, plan, x0), self._columns)
             self._versions = [_version(t) for t in columns]
         small = x0.numel() <= kernels.SMALL
-        self._lean = not (self._engine is None or torch.is_grad_enabled() or small or plan.tail or inits)
+        self._lean = not (
+            self._engine is None
+            or torch.is_grad_enabled()
+            or small
+            or plan.payload
+            or plan.keep
+            or inits
+        )
 
     @property
     def depth(self) -> int:
@@ -130,23 +146,26 @@ class DepthRun:
         if self._sums is not None:
             y = self._push(x, row)
         else:
-            kept = x if plan.last_reader[len(self._columns)] >= 0 else None
+            c = len(self._columns)
+            kept = x if plan.last_reader[c] >= 0 or c in plan.keep else None
             self._columns.append(kept)
             if self._engine is not None:
-                _outside_backward()
+                outside_backward()
                 self._versions.append(-1 if kept is None else _version(x))
             y = x if row is None else self._row(row)
             if self._lean and i >= plan.switch:
                 self._to_sums(row)
         self._input = y
-        if i == plan.depth and not plan.tail:
+        if i == plan.depth and not (plan.payload or plan.keep):
             self._release()
         return y
 
     def skip(self) -> Any:
         """Declare that the next block is left out this time (LayerDrop): it acts as the identity."""
         if self._depth == self._plan.depth:
-            raise RuntimeError(f"this run is over: it has taken all {self._plan.depth} block outputs")
+            raise RuntimeError(
+                f"this run is over: it has taken all {self._plan.depth} block outputs"
+            )
         return self(self._input)
 
     def close(self) -> None:
@@ -158,15 +177,22 @@ class DepthRun:
         done, depth = self._depth, self._plan.depth
         self._release()
         if done < depth:
-            raise RuntimeError(f"the run ended after {done} of {depth} blocks; use skip() for blocks left out")
+            raise RuntimeError(
+                f"the run ended after {done} of {depth} blocks; use skip() for blocks left out"
+            )
 
     def payload(self) -> tuple[Tensor, ...]:
         """Return what the next pipeline stage needs beside Y; see :mod:`denseformer.pipeline`."""
         if self._depth < self._plan.depth:
-            raise RuntimeError(f"payload() after {self._depth} of {self._plan.depth} blocks of the stage")
-        out = tuple(self._row(row) for row in self._plan.tail)
+            raise RuntimeError(
+                f"payload() after {self._depth} of {self._plan.depth} blocks of the stage"
+            )
+        plan = self._plan
+        out = [t for t in (self._columns[c] for c in plan.keep) if t is not None]
+        for r in plan.payload:
+            out.append(self._passing.pop(0) if r < 0 else self._row(plan.rows[r]))
         self._release()
-        return out
+        return tuple(out)
 
     def _check(self, x: object, i: int) -> None:
         if isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == self._like:
@@ -176,22 +202,23 @@ class DepthRun:
         shape, dtype, device = self._like
         if x.shape != shape:
             raise ValueError(f"block {i} returned {tuple(x.shape)}, expected {tuple(shape)}")
-        raise ValueError(f"block {i} returned {x.dtype} on {x.device}, expected {dtype} on {device}")
+        raise ValueError(
+            f"block {i} returned {x.dtype} on {x.device}, expected {dtype} on {device}"
+        )
 
     def _row(self, row: Row) -> Tensor:
         init = self._inits.pop(row.index, None)
-        if not row.sources:
-            assert init is not None
-            return init
         if self._engine is None:
             xs = [t for t in (self._columns[c] for c in row.sources) if t is not None]
             weight = self._weight[row.offset : row.offset + len(row.sources)]
-            return literal(xs, weight, init)
+            tail = self._plan.steps[row.index] > self._plan.depth
+            out = kernels.accumulate_dtype(xs[0].dtype) if tail else None
+            return literal(xs, weight, init, out)
         self._check_versions(row)
         if torch.is_grad_enabled():
             xs = [t.detach() for t in self._engine.take(row.sources)] if self._recompute else []
             owned = self._engine.take(row.owned)
-            y, *tokens = RowFunction.apply(
+            y, *tokens = RowFunction.apply(  # type: ignore[no-untyped-call]
                 self._engine, row, self._weight, *self._tokens, init, *owned
             )
             self._tokens = tokens[0], tokens[1]
@@ -202,6 +229,7 @@ class DepthRun:
         else:
             y = self._engine.row(row, init)
         self._engine.release(row)
+        assert isinstance(y, Tensor)
         return y
 
     def _check_versions(self, row: Row) -> None:
@@ -231,7 +259,9 @@ class DepthRun:
         assert self._engine is not None
         assert self._sums is not None
         if torch.is_grad_enabled():
-            raise RuntimeError("gradients were switched on in the middle of a run begun without them")
+            raise RuntimeError(
+                "gradients were switched on in the middle of a run begun without them"
+            )
         coefficients, y = self._engine.coefficients, x
         for r, position in self._plan.readers[self._plan.first + self._depth - 1]:
             (w,) = coefficients.at(position, position + 1)
@@ -254,11 +284,13 @@ class DepthRun:
         self._columns = []
         self._versions = []
         self._inits = {}
+        self._passing = []
         self._tokens = (None, None)
         self._sums = self._engine = self._input = self._recipe = None
 
 
-def _outside_backward() -> None:
+def outside_backward() -> None:
+    """Raise RuntimeError if a backward pass is under way: this is then a checkpoint's recomputation."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "a depth-weighted average ran while a backward pass recomputed a checkpointed region. Keep the "
