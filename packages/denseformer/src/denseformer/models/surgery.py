@@ -159,7 +159,7 @@ def undensify(model: Model) -> Model:
     Raises:
         ValueError: the model is not densified, or something (``fully_shard``) changed its classes since.
 
-    >>> model = nn.Transformer(8, 2, 2, 3, 16)
+    >>> model = nn.Transformer(8, 2, 2, 3, 16, batch_first=True)
     >>> keys = list(model.state_dict())
     >>> list(undensify(densify(model, blocks="encoder.layers")).state_dict()) == keys
     True
@@ -208,7 +208,8 @@ def report(model: nn.Module) -> Report:
     Raises:
         ValueError: it is not densified.
 
-    >>> print(report(densify(nn.Transformer(8, 2, 4, 2, 16), blocks="encoder.layers")))
+    >>> model = nn.Transformer(8, 2, 4, 2, 16, batch_first=True)
+    >>> print(report(densify(model, blocks="encoder.layers")))
     stack       encoder.layers
     block       4 x TransformerEncoderLayer
     averages    1x1, depth 4, 4 rows, 14 weights
