@@ -59,7 +59,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
             continue
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
             kinds = {type(child) for child in module}
-            if len(kinds) == 1 and not kinds & {nn.ModuleList, nn.Sequential, nn.ModuleDict}:
+            if len(kinds) == 1 and not kinds & {nn.ModuleList, nn.ModuleDict}:
                 found[name] = module
     return found
 
