@@ -110,6 +110,28 @@ class DWA(KeepsDtype):
         self.register_buffer("geometry", torch.empty(7, dtype=torch.long, device=device))
         self.reset_parameters()
 
+    @classmethod
+    def build(cls, spec: Geometry, **kwargs: Any) -> DWA:
+        """Make the averages of a geometry; further keywords as for the class.
+
+        >>> DWA.build(Geometry(4, dilation=2))
+        DWA(2x1, depth 4, 4 rows, 8 weights)
+        """
+        pattern: str | Tensor = spec.pattern
+        if spec.mask is not None:
+            pattern = torch.zeros(spec.depth, spec.depth + 1, dtype=torch.bool)
+            for line, sources in zip(pattern, spec.mask, strict=True):
+                line[list(sources)] = True
+        return cls(
+            spec.depth,
+            spec.dilation,
+            spec.period,
+            pattern=pattern,
+            last_k=spec.last_k,
+            groups=spec.groups,
+            **kwargs,
+        )
+
     def reset_parameters(self) -> None:
         """Make every average the identity (others at ``init_scale``); also restores ``geometry``."""
         with torch.no_grad():
