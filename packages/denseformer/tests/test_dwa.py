@@ -261,10 +261,10 @@ def test_editing_a_kept_representation_in_place_is_an_error() -> None:
     x.add_(1)  # block 2 edits its input, X_1, which row 2 reads
     with pytest.raises(RuntimeError, match="representation 1 was changed in place"):
         run(out)
-    leaf = torch.ones(3, requires_grad=True)
+    leaf = torch.ones(300_000, requires_grad=True)
     run = DWA(2).begin(leaf * 1.0)
     x = leaf.exp() * 1.0
-    y = run(run(x).sin())
+    y = run(run(x) * 1.0)
     x.add_(1)  # after its last reader, before backward: the version counter sees it
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()

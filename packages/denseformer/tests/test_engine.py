@@ -26,6 +26,12 @@ GEOMETRIES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors too go through the engine here, not through stacks."""
+    monkeypatch.setattr(kernels, "STACK", 0)
+
+
 def blocks_of(depth: int) -> list[Any]:
     return [lambda t, a=0.1 * i: torch.sin(t) + a * t for i in range(depth)]
 
@@ -61,6 +67,19 @@ def test_values_and_gradients_equal_the_loop(geometry: dict[str, Any]) -> None:
             assert relative(ours, theirs) < 1e-12
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_small_tensors_are_stacked_and_give_the_same(
+    geometry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "STACK", 1 << 18)
+    for shape in ((), (2, 3, 4)):
+        x0 = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        dwa = make(13, **geometry)
+        assert dwa.begin(x0)._engine is None
+        for ours, theirs in zip(*both(dwa, x0, blocks_of(13)), strict=True):
+            assert relative(ours, theirs) < 1e-12
+
+
 def test_the_authors_groups_equal_the_loop() -> None:
     x0 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     for ours, theirs in zip(*both(make(12, dilation=2, groups=3), x0, blocks_of(12)), strict=True):
@@ -86,9 +105,9 @@ def test_a_mask_equals_the_loop() -> None:
 
 
 def test_large_tensors_are_computed_in_chunks() -> None:
-    """More elements than a chunk and than a gathering buffer, and not a multiple of either."""
+    """More elements than the gathering buffer takes at once, and not a multiple of them."""
     x0 = torch.randn(3, 50_001, dtype=torch.float64, requires_grad=True)
-    assert x0.numel() > 2 * kernels.CHUNK
+    assert x0.numel() * 4 > 2 * kernels.BUFFER
     for size in (1, 3, 12):
         for a, b in zip(*both(make(12, size), x0, blocks_of(12)), strict=True):
             assert relative(a, b) < 1e-12

@@ -200,27 +200,50 @@ def _pull(
     rows = len(plan.rows)
     if ctx.last:  # what all later groups send to all columns of this one, in one product
         cols = list(group.cols)
-        weights = dense[group.stop :, cols] if ctx.wanted else None
         room = flat[rows : rows + len(cols)]
-        _, inner = kernels.pull(flat[group.stop : rows], weights, grouped, out=room)
+        below = flat[group.stop : rows]
+        weights = dense[group.stop :, cols]
+        _, inner = kernels.pull(below, weights, grouped, want=ctx.wanted, out=room)
         if inner is not None and matrix is not None:
             matrix[group.stop :, cols] = inner
-    need = [bool(n) for n in ctx.needs_input_grad[6:]]
-    if not row.owned:
-        return slab, matrix, []
-    cols = list(row.owned)
-    weights = dense[r : group.stop, cols] if any(need) else None
-    init = None
+    starts: list[Tensor | None] = [None] * len(row.owned)
     if group.stop < rows:
-        init = flat[rows + row.slot : rows + row.slot + len(cols)]
-    out, inner = kernels.pull(flat[r : group.stop], weights, own, init)
-    if inner is not None and matrix is not None:
-        matrix[r : group.stop, cols] = inner
-    found: list[Tensor | None] = [None] * len(cols)
-    if out is not None:
-        out = out.to(ctx.dtype)
-        found = [out[n].view(ctx.shape) if wanted else None for n, wanted in enumerate(need)]
+        starts = list(flat[rows + row.slot : rows + row.slot + len(row.owned)])
+    found: list[Tensor | None] = []
+    for n, c in enumerate(row.owned):
+        need = bool(ctx.needs_input_grad[6 + n])
+        x = None if own is None else own[n]
+        out, inner = _pull_column(ctx, flat, c, x, need, starts[n])
+        if inner is not None and matrix is not None:
+            matrix[r : group.stop, c] = inner
+        found.append(None if out is None else out.to(ctx.dtype).view(ctx.shape))
     return slab, matrix, found
+
+
+def _pull_column(
+    ctx: Any, flat: Tensor, c: int, x: Tensor | None, want: bool, init: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Pull one column from the rows of its group; the products with x stand at those rows."""
+    plan: Plan = ctx.plan
+    r, stop = ctx.row.index, plan.groups[ctx.row.group].stop
+    readers = [(m, position) for m, position in plan.readers[c] if r <= m < stop]
+    if not readers:
+        return (init.clone() if init is not None else None), None
+    if 2 * len(readers) > stop - r and len(readers) > 1:  # the rows form one matrix: two products
+        weights = ctx.coefficients.dense()[r:stop, c : c + 1]
+        start = None if init is None else init.unsqueeze(0)
+        out, inner = kernels.pull(
+            flat[r:stop], weights, None if x is None else [x], want=want, init=start
+        )
+        return (None if out is None else out[0]), (None if inner is None else inner[:, 0])
+    scalars = [ctx.coefficients.at(position, position + 1)[0] for _, position in readers]
+    grads = [flat[m] for m, _ in readers]
+    out, inner = kernels.pull_column(grads, scalars, x, want=want, init=init)
+    if inner is None:
+        return out, None
+    spread = flat.new_zeros(stop - r)
+    spread[[m - r for m, _ in readers]] = inner
+    return out, spread
 
 
 def _differentiable(

@@ -14,9 +14,9 @@ from torch import Tensor
 
 Scalar = float | Tensor
 
-CHUNK = 1 << 15  # elements of one operand that stay in the cache beside another
 BUFFER = 1 << 18  # elements of the buffer that gathers several operands
-SMALL = 1 << 12  # below, the number of calls decides
+SMALL = 1 << 12  # elements below which the number of calls decides
+STACK = 1 << 18  # elements of all terms together below which a copy of them costs nothing
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,40 +61,15 @@ def combine(
     """
     x = xs[-1]
     dtype, out = accumulate_dtype(x.dtype), out or x.dtype
-    size = x.numel()
-    if len(xs) > 6 and size <= SMALL:
-        stack = torch.stack(list(xs)).view(len(xs), size).to(dtype)
+    if len(xs) > 8 and x.numel() <= SMALL:
+        stack = torch.stack(list(xs)).view(len(xs), -1).to(dtype)
         row = torch.stack(ws) if isinstance(ws[0], Tensor) else torch.tensor(ws, dtype=dtype)  # type: ignore[arg-type]
         total = torch.mv(stack.t(), row).view(x.shape)
         return (total if init is None else total.add_(init)).to(out)
-    if size > 2 * CHUNK and len(xs) > 1 and x.device.type == "cpu":
-        parts = [*xs, init] if init is not None else list(xs)
-        if all(t.is_contiguous() for t in parts):
-            return _combine_chunks(xs, ws, init, dtype, out)
     total = _first(x, ws[-1], init, dtype)
     for t, w in zip(xs[:-1], ws[:-1], strict=True):
         total = add(total, t, w)
     return total.to(out)
-
-
-def _combine_chunks(
-    xs: Sequence[Tensor],
-    ws: Sequence[Scalar],
-    init: Tensor | None,
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """The same, chunk by chunk, so that the running sum stays in the cache."""
-    out = torch.empty_like(xs[-1], dtype=out_dtype)
-    chunks = [t.view(-1).split(CHUNK) for t in xs]
-    starts = init.view(-1).split(CHUNK) if init is not None else None
-    for k, target in enumerate(out.view(-1).split(CHUNK)):
-        start = None if starts is None else starts[k]
-        total = _first(chunks[-1][k], ws[-1], start, dtype)
-        for chunk, w in zip(chunks[:-1], ws[:-1], strict=True):
-            add(total, chunk[k], w)
-        target.copy_(total)
-    return out
 
 
 def _bounds(size: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -125,8 +100,10 @@ def project(matrix: Tensor, xs: Sequence[Tensor]) -> Tensor:
 
 def pull(
     grads: Tensor,
-    matrix: Tensor | None,
+    matrix: Tensor,
     xs: Sequence[Tensor] | None,
+    *,
+    want: bool = True,
     init: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -134,24 +111,23 @@ def pull(
 
     Args:
         grads: (rows, N), of the accumulation type, rows contiguous.
-        matrix: (rows, columns), the weights; ``None`` where the first result is not wanted.
-        xs: the representations of the columns; ``None`` where the second is not wanted.
+        matrix: (rows, columns), the weights.
+        xs: the representations of the columns; ``None`` where the second result is not wanted.
+        want: whether the first result is wanted.
         init: (columns, N) added to the first result.
         out: (columns, N) that receives the first result.
     """
-    size = grads.shape[1]
-    columns = matrix.shape[1] if matrix is not None else len(xs or ())
-    inner = None
-    if matrix is not None and out is None:
+    size, columns = grads.shape[1], matrix.shape[1]
+    if want and out is None:
         out = grads.new_empty((columns, size))
-    flat = None
+    flat = inner = None
     if xs is not None:
         flat = [t.reshape(-1) for t in xs]
         inner = grads.new_zeros((grads.shape[0], columns))
     with no_autocast(grads.device):
         for a, b in _bounds(size, grads.shape[0] + columns):
             part = grads[:, a:b]
-            if matrix is not None and out is not None:
+            if want and out is not None:
                 _transposed(part, matrix, None if init is None else init[:, a:b], out[:, a:b])
             if flat is not None and inner is not None:
                 gathered = _gather(flat, a, b, grads.dtype)
@@ -160,6 +136,31 @@ def pull(
                 else:
                     inner.addmm_(part, gathered.t())
     return out, inner
+
+
+def pull_column(
+    grads: Sequence[Tensor],
+    ws: Sequence[Scalar],
+    x: Tensor | None,
+    *,
+    want: bool = True,
+    init: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (Σ w g + init, all ⟨g, x⟩) for one column that few rows read.
+
+    Args:
+        grads: the gradients (N,) of those rows, of the accumulation type.
+        ws: their weights.
+        x: the representation; ``None`` where the second result is not wanted.
+        want: whether the first result is wanted.
+        init: (N,) added to the first result.
+    """
+    out = combine(grads, ws, init) if want else None
+    if x is None:
+        return out, None
+    flat = x.reshape(-1).to(grads[0].dtype)
+    with no_autocast(flat.device):
+        return out, torch.stack([torch.dot(g, flat) for g in grads])
 
 
 def _transposed(part: Tensor, matrix: Tensor, init: Tensor | None, out: Tensor) -> None:

@@ -192,12 +192,18 @@ def best_plan(
     keep: Sequence[int] = (),
     payload: Sequence[int] = (),
 ) -> Plan:
-    """Return the plan with the group size of least traffic; one group means plain pull."""
+    """Return the plan with the group size of least traffic, or plain pull (one group) if that costs less.
+
+    For the comparison an old column counts four times: it is also written to a buffer, read from it, and
+    multiplied by the zeros of a dilated geometry (measured; pull reads only what a row needs).
+    """
     args = (depth, first, tuple(map(tuple, sources)), tuple(steps))
     sizes = [s for s in range(2, len(steps)) if s * s <= 4 * len(steps)]
     ends = (tuple(keep), tuple(payload))
-    plans = [Plan(*args, size, *ends) for size in [max(len(steps), 1), *sizes]]
-    return min(plans, key=lambda plan: plan.traffic)
+    whole = Plan(*args, max(len(steps), 1), *ends)
+    blocked = min((Plan(*args, s, *ends) for s in sizes), key=lambda p: p.traffic, default=whole)
+    old = sum(len(group.old) for group in blocked.groups)
+    return blocked if blocked.traffic + 3 * old < whole.traffic else whole
 
 
 @lru_cache(maxsize=64)

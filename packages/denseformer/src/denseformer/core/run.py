@@ -40,6 +40,19 @@ def literal(
     return total.to(out or xs[0].dtype)
 
 
+def stacked(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    init: Tensor | None = None,
+    out: torch.dtype | None = None,
+) -> Tensor:
+    """Return the same as :func:`literal` in three operations, for tensors so small that calls decide."""
+    x, dtype = xs[0], kernels.accumulate_dtype(xs[0].dtype)
+    scaled = torch.stack(list(xs)) * weight.to(dtype).view(-1, *([1] * x.dim()))
+    total = scaled.sum(0)
+    return (total if init is None else total + init).to(out or x.dtype)
+
+
 def beside(weight: Tensor, x: Tensor) -> Tensor:
     """Return the weight as a replicated DTensor where ``x`` is one, so that its gradient is reduced."""
     if type(x).__name__ != "DTensor" or type(weight).__name__ == "DTensor":
@@ -63,7 +76,10 @@ def check_stream(x: object, name: str) -> Tensor:
 
 
 def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
+    try:
+        return x._version
+    except RuntimeError:  # an inference tensor has none
+        return -1
 
 
 class DepthRun:
@@ -108,21 +124,21 @@ class DepthRun:
         self._sums: dict[int, Tensor] | None = None
         self._engine: Forward | None = None
         self._weight = weight
+        self._watched = self._lean = False
+        self._sum = literal
         if reference or needs_functional(x0):
             self._weight = beside(weight, x0)
-        else:
-            outside_backward()
-            self._engine = Forward(plan, Coefficients(weight, plan, x0), self._columns)
-            self._versions = [_version(t) for t in columns]
-        small = x0.numel() <= kernels.SMALL
-        self._lean = not (
-            self._engine is None
-            or torch.is_grad_enabled()
-            or small
-            or plan.payload
-            or plan.keep
-            or inits
-        )
+            return
+        outside_backward()
+        self._watched = True
+        self._versions = [_version(t) for t in columns]
+        size, grad = x0.numel(), torch.is_grad_enabled()
+        if grad and not recompute and size * plan.nnz <= kernels.STACK:
+            self._sum = stacked
+            return
+        self._engine = Forward(plan, Coefficients(weight, plan, x0), self._columns)
+        if not grad and size > kernels.SMALL:
+            self._lean = not (plan.payload or plan.keep or inits)
 
     @property
     def depth(self) -> int:
@@ -131,11 +147,13 @@ class DepthRun:
 
     def __call__(self, x: Any) -> Any:
         """Take X_i (or a tuple that starts with it), return Y_i (or that tuple with it)."""
-        if isinstance(x, tuple) and x:
+        if type(x) is tuple and x:
             return (self(x[0]), *x[1:])
         plan = self._plan
         i = self._depth + 1
         if i > plan.depth:
+            if not torch.compiler.is_compiling():
+                outside_backward()
             raise RuntimeError(
                 f"this run is over: it has taken all {plan.depth} block outputs; call begin() again"
             )
@@ -149,8 +167,7 @@ class DepthRun:
             c = len(self._columns)
             kept = x if plan.last_reader[c] >= 0 or c in plan.keep else None
             self._columns.append(kept)
-            if self._engine is not None:
-                outside_backward()
+            if self._watched:
                 self._versions.append(-1 if kept is None else _version(x))
             y = x if row is None else self._row(row)
             if self._lean and i >= plan.switch:
@@ -195,7 +212,13 @@ class DepthRun:
         return tuple(out)
 
     def _check(self, x: object, i: int) -> None:
-        if isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == self._like:
+        like = self._like
+        if (
+            isinstance(x, Tensor)
+            and x.shape == like[0]
+            and x.dtype == like[1]
+            and x.device == like[2]
+        ):
             return
         i += self._offset
         x = check_stream(x, f"the output of block {i}")
@@ -207,14 +230,19 @@ class DepthRun:
         )
 
     def _row(self, row: Row) -> Tensor:
-        init = self._inits.pop(row.index, None)
+        init = self._inits.pop(row.index, None) if self._inits else None
+        if self._watched:
+            outside_backward()
+            self._check_versions(row)
         if self._engine is None:
             xs = [t for t in (self._columns[c] for c in row.sources) if t is not None]
             weight = self._weight[row.offset : row.offset + len(row.sources)]
             tail = self._plan.steps[row.index] > self._plan.depth
             out = kernels.accumulate_dtype(xs[0].dtype) if tail else None
-            return literal(xs, weight, init, out)
-        self._check_versions(row)
+            y = self._sum(xs, weight, init, out)
+            for c in row.done:
+                self._columns[c] = None
+            return y
         if torch.is_grad_enabled():
             xs = [t.detach() for t in self._engine.take(row.sources)] if self._recompute else []
             owned = self._engine.take(row.owned)
