@@ -48,7 +48,8 @@ def study(result: TrainResult, corpus: Corpus) -> dict[str, Any]:
     size = result.config.model.context
     blocks, dwa = blocks_of(result), dwa_of(result)
     if blocks is not None:
-        windows = corpus.validation[: 64 * size].view(-1, size)
+        count = min(64, len(corpus.validation) // size)
+        windows = corpus.validation[: count * size].view(count, size)
         curve = analysis.cosine_to_embedding(result.model, windows, blocks=blocks)
         made["cosine"] = curve.tolist()
     if dwa is not None:
