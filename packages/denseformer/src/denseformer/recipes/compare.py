@@ -100,7 +100,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             firsts = zip(runs[name], runs["plain"], strict=True)
             entry["equal_first_loss"] = all(a["first_loss"] == b["first_loss"] for a, b in firsts)
         off = [torch.tensor(r["off_diagonal"]) for r in runs[name] if r.get("off_diagonal")]
-        if len(off) > 1:
+        if len(off) > 1 and len(off[0]) > 1:
             pairs = [(a, b) for n, a in enumerate(off) for b in off[n + 1 :]]
             entry["correlation"] = min(pearson(a, b) for a, b in pairs)
         found[name] = entry
