@@ -11,7 +11,6 @@ import torch
 from common import finish, options
 from torch import Tensor, nn
 
-from denseformer import DenseStack
 from denseformer.core.geometry import Geometry
 from denseformer.recipes.bench import METHODS
 
@@ -51,8 +50,6 @@ def main() -> None:
         for name in ("plain", "ours", "naive loop", "preallocated slab"):
             model = METHODS[name](spec)
             row[name] = saved(lambda model=model: block(model(x, block)))
-        stack = DenseStack([Block() for _ in range(20)], k, p, checkpoint="mix")
-        row["ours, checkpoint='mix'"] = saved(lambda stack=stack: block(stack(x)))
         rows.append(row)
     finish(arguments, rows)
 

@@ -73,7 +73,7 @@ def main() -> None:
                         if name != "ours"
                     },
                     "us per row": own["ours"] * 1e3 / count,
-                }  # fmt: skip
+                }
             )
     finish(arguments, rows)
 

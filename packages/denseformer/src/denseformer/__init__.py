@@ -1,5 +1,6 @@
 """Depth-weighted averaging for any stack of blocks."""
 
+from denseformer.compat import DWAModules
 from denseformer.core.dwa import DWA
 from denseformer.core.geometry import Geometry
 from denseformer.core.run import DepthRun
@@ -12,6 +13,7 @@ from denseformer.optim import param_groups
 __version__ = "0.1.0"
 __all__ = [
     "DWA",
+    "DWAModules",
     "DenseStack",
     "DepthRun",
     "GainedResidual",

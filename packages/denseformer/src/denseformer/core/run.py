@@ -123,11 +123,12 @@ class DepthRun:
         self._versions: list[int] = []
         self._sums: dict[int, Tensor] | None = None
         self._engine: Forward | None = None
-        self._weight = weight
+        # a copy: the parameter may be stepped, or resharded by FSDP, before the run has ended
+        self._weight = weight.clone() if torch.is_grad_enabled() else weight
         self._watched = self._lean = False
         self._sum = literal
         if reference or needs_functional(x0):
-            self._weight = beside(weight, x0)
+            self._weight = beside(self._weight, x0)
             return
         outside_backward()
         self._watched = True
