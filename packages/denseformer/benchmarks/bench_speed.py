@@ -1,9 +1,9 @@
 """Time of the averages, forward and backward, beside the formulations: benchmarks/RESULTS.md.
 
-python benchmarks/bench_speed.py [--depths 24 48 96 192] [--repeats 5] [--json FILE]
+python benchmarks/bench_speed.py [--depths 24 48 96 192] [--repeats 5] [--compile-to 48] [--json FILE]
 
 The block is sin, whose time is measured alone ("plain") and taken off. All in one process, interleaved; the least
-of the repeats counts. The compiled loop is timed where compiling is a matter of minutes (depth <= 48).
+of the repeats counts. The compiled loop is timed up to --compile-to (0: never); compiling takes minutes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ def main() -> None:
         for depth in arguments.depths:
             numel = 131_072 if depth < 150 else 65_536
             names = ["plain", "ours", "naive loop", "preallocated slab"]
-            if depth <= 48 and (depth <= 24 or p > 1 or k == 1):
+            if depth <= arguments.compile_to:
                 names.append("compiled loop")
-            repeats = arguments.repeats if depth < 150 else max(1, arguments.repeats // 2)
-            times = measure(depth, k, p, numel=numel, methods=names, repeats=repeats)
+            times = measure(depth, k, p, numel=numel, methods=names, repeats=arguments.repeats)
             plain = times.pop("plain")
             own = {name: t - plain for name, t in times.items()}
             row: dict[str, Any] = {

@@ -33,6 +33,7 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--depths", type=int, nargs="+", default=[24, 48, 96, 192])
+    parser.add_argument("--compile-to", type=int, default=48, help="largest depth to compile")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

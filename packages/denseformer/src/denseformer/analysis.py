@@ -65,6 +65,7 @@ def plot_weights(dwa: DWA, ax: Axes | None = None) -> Axes:
     image = ax.imshow(shown, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
     step = max(1, len(dwa.rows) // 12)
     ax.set_yticks(range(0, len(dwa.rows), step), [str(i) for i in dwa.rows[::step]])
+    ax.set_xticks(range(0, values.shape[1], max(1, values.shape[1] // 12)))
     ax.set(
         xlabel="j (0: embedding)",
         ylabel="depth i",
