@@ -210,40 +210,37 @@ def _pull(
     if group.stop < rows:
         starts = list(flat[rows + row.slot : rows + row.slot + len(row.owned)])
     found: list[Tensor | None] = []
+    dots: list[Tensor] = []
+    places: list[int] = []
     for n, c in enumerate(row.owned):
         need = bool(ctx.needs_input_grad[6 + n])
         x = None if own is None else own[n]
-        out, inner = _pull_column(ctx, flat, c, x, need, starts[n])
-        if inner is not None and matrix is not None:
-            matrix[r : group.stop, c] = inner
-        found.append(None if out is None else out.to(ctx.dtype).view(ctx.shape))
-    return slab, matrix, found
-
-
-def _pull_column(
-    ctx: Any, flat: Tensor, c: int, x: Tensor | None, want: bool, init: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Pull one column from the rows of its group; the products with x stand at those rows."""
-    plan: Plan = ctx.plan
-    r, stop = ctx.row.index, plan.groups[ctx.row.group].stop
-    readers = [(m, position) for m, position in plan.readers[c] if r <= m < stop]
-    if not readers:
-        return (init.clone() if init is not None else None), None
-    if 2 * len(readers) > stop - r and len(readers) > 1:  # the rows form one matrix: two products
-        weights = ctx.coefficients.dense()[r:stop, c : c + 1]
-        start = None if init is None else init.unsqueeze(0)
-        out, inner = kernels.pull(
-            flat[r:stop], weights, None if x is None else [x], want=want, init=start
-        )
-        return (None if out is None else out[0]), (None if inner is None else inner[:, 0])
-    scalars = [ctx.coefficients.at(position, position + 1)[0] for _, position in readers]
-    grads = [flat[m] for m, _ in readers]
-    out, inner = kernels.pull_column(grads, scalars, x, want=want, init=init)
-    if inner is None:
-        return out, None
-    spread = flat.new_zeros(stop - r)
-    spread[[m - r for m, _ in readers]] = inner
-    return out, spread
+        readers = [(m, at) for m, at in plan.readers[c] if r <= m < group.stop]
+        if not readers:
+            found.append(None if starts[n] is None else starts[n].clone())
+        elif 2 * len(readers) > group.stop - r and len(readers) > 1:
+            weights, start = dense[r : group.stop, c : c + 1], starts[n]
+            out, inner = kernels.pull(
+                flat[r : group.stop],
+                weights,
+                None if x is None else [x],
+                want=need,
+                init=None if start is None else start.unsqueeze(0),
+            )
+            found.append(None if out is None else out[0])
+            if inner is not None and matrix is not None:
+                matrix[r : group.stop, c] = inner[:, 0]
+        else:  # few of the rows: one by one
+            scalars = [ctx.coefficients.at(at, at + 1)[0] for _, at in readers]
+            grads = [flat[m] for m, _ in readers]
+            out, inners = kernels.pull_column(grads, scalars, x, want=need, init=starts[n])
+            found.append(out)
+            dots += inners
+            places += [m * plan.columns + c for m, _ in readers] if inners else []
+    if dots and matrix is not None:
+        at_place = torch.tensor(places, device=matrix.device)
+        matrix.view(-1).index_copy_(0, at_place, torch.stack(dots))
+    return slab, matrix, [t if t is None else t.to(ctx.dtype).view(ctx.shape) for t in found]
 
 
 def _differentiable(

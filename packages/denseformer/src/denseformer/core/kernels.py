@@ -16,7 +16,7 @@ Scalar = float | Tensor
 
 BUFFER = 1 << 18  # elements of the buffer that gathers several operands
 SMALL = 1 << 12  # elements below which the number of calls decides
-STACK = 1 << 18  # elements of all terms together below which a copy of them costs nothing
+STACK = 1 << 20  # elements of all terms together below which a copy of them costs little
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -145,8 +145,8 @@ def pull_column(
     *,
     want: bool = True,
     init: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return (Σ w g + init, all ⟨g, x⟩) for one column that few rows read.
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Return (Σ w g + init, every ⟨g, x⟩) for one column that few rows read.
 
     Args:
         grads: the gradients (N,) of those rows, of the accumulation type.
@@ -157,10 +157,10 @@ def pull_column(
     """
     out = combine(grads, ws, init) if want else None
     if x is None:
-        return out, None
+        return out, []
     flat = x.reshape(-1).to(grads[0].dtype)
     with no_autocast(flat.device):
-        return out, torch.stack([torch.dot(g, flat) for g in grads])
+        return out, [torch.dot(g, flat) for g in grads]
 
 
 def _transposed(part: Tensor, matrix: Tensor, init: Tensor | None, out: Tensor) -> None:
