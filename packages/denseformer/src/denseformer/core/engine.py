@@ -214,12 +214,12 @@ def _pull(
     places: list[int] = []
     for n, c in enumerate(row.owned):
         need = bool(ctx.needs_input_grad[6 + n])
-        x = None if own is None else own[n]
+        x, start = None if own is None else own[n], starts[n]
         readers = [(m, at) for m, at in plan.readers[c] if r <= m < group.stop]
         if not readers:
-            found.append(None if starts[n] is None else starts[n].clone())
+            found.append(None if start is None else start.clone())  # the slab goes on changing
         elif 2 * len(readers) > group.stop - r and len(readers) > 1:
-            weights, start = dense[r : group.stop, c : c + 1], starts[n]
+            weights = dense[r : group.stop, c : c + 1]
             out, inner = kernels.pull(
                 flat[r : group.stop],
                 weights,
@@ -233,7 +233,7 @@ def _pull(
         else:  # few of the rows: one by one
             scalars = [ctx.coefficients.at(at, at + 1)[0] for _, at in readers]
             grads = [flat[m] for m, _ in readers]
-            out, inners = kernels.pull_column(grads, scalars, x, want=need, init=starts[n])
+            out, inners = kernels.pull_column(grads, scalars, x, want=need, init=start)
             found.append(out)
             dots += inners
             places += [m * plan.columns + c for m, _ in readers] if inners else []
