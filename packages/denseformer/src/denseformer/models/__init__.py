@@ -1,0 +1,1 @@
+"""Putting averages into networks: stacks of one's own, and surgery on existing models."""

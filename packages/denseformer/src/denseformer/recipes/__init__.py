@@ -1,0 +1,1 @@
+"""The paper's experiments in kind: a language model, corpora, training."""
