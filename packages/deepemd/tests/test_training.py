@@ -24,7 +24,7 @@ from deepemd.recipes.evaluate import (
     scatter,
 )
 from deepemd.recipes.frontier import frontier, plot_frontier
-from deepemd.recipes.train import learning_rate, save_atomically
+from deepemd.recipes.train import draw_bar, learning_rate, save_atomically
 
 FIRST_DISTANCE = 0.173095420
 MODEL = {"dim": 3, "width": 16, "depth": 1, "heads": 2, "fourier": 2}
@@ -109,7 +109,7 @@ def test_workers_and_progress_do_not_change_the_result(
     alone = train(config(tmp_path / "a"))
     with_worker = train(config(tmp_path / "b", workers=1), progress=True)
     assert weights(with_worker).equal(weights(alone))
-    assert "100.0 % step 6" in capsys.readouterr().err
+    assert "] 6/6  loss" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -327,3 +327,10 @@ def test_frozen_sets_are_frozen() -> None:
     # the first pair of the set, as it was when the model card was written
     assert float(frozen_set(64, 1).distance[0]) == pytest.approx(FIRST_DISTANCE, rel=1e-5)
     assert dataclasses.is_dataclass(a)
+
+
+def test_progress_bar_fills_and_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    draw_bar(1, 4, "loss 2.0", width=8)
+    draw_bar(4, 4, "loss 1.0", width=8)
+    drawn = capsys.readouterr().err.replace("\033[K", "").split("\r")[1:]
+    assert drawn == ["[##......] 1/4  loss 2.0", "[########] 4/4  loss 1.0\n"]

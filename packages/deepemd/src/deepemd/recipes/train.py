@@ -123,6 +123,14 @@ def save_atomically(state: Any, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def draw_bar(done: int, total: int, note: str, width: int = 30) -> None:
+    """Draw a progress bar over the last one on stderr; a full one ends its line."""
+    filled = "#" * (width * done // total)
+    end = "\n" if done >= total else ""
+    text = f"\r[{filled:.<{width}}] {done}/{total}  {note}\033[K"
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
 def _batches(config: TrainConfig, start: int) -> Iterator[dict[str, Tensor]]:
     stream = BatchStream(
         config.steps,
@@ -152,7 +160,7 @@ def train(config: TrainConfig, *, progress: bool = False) -> DeepEMD:
 
     Args:
         config: the run.
-        progress: print a line of progress on stderr with every line of the log.
+        progress: redraw a progress bar on stderr with every line of the log.
 
     Returns:
         The network with the exponential average of its weights, in evaluation mode.
@@ -217,8 +225,8 @@ def train(config: TrainConfig, *, progress: bool = False) -> DeepEMD:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 if progress:
-                    share = 100 * done / config.steps
-                    print(f"{share:5.1f} % step {done} loss {line['loss']}", file=sys.stderr)
+                    left = (now - began) / (done - start) * (config.steps - done)
+                    draw_bar(done, config.steps, f"loss {line['loss']:.4f}, {left:.0f} s left")
             if now - last_save > config.checkpoint_seconds or done == config.steps:
                 checkpoint(done, spent + now - began)
                 last_save = now
