@@ -1,11 +1,11 @@
 """Score matching for classifiers: regularisers of input gradients, Hessian traces, and what gradients mean."""
 
 from gradient_alignment.adapters.soften import SoftenReport, soften
+from gradient_alignment.core.loss import RegularizedLoss
 from gradient_alignment.core.objectives import score, score_matching_loss
 from gradient_alignment.core.regularizers import (
     AntiScoreMatching,
     GradientNorm,
-    RegularizedLoss,
     Regularizer,
     ScoreMatching,
 )

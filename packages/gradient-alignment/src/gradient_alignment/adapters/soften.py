@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import warnings
@@ -15,6 +16,11 @@ from torch.nn import functional as F
 
 _FUNCTIONS: tuple[Callable[..., Any], ...] = (torch.relu, F.relu, torch.relu_, F.relu_)
 _METHODS = ("relu", "relu_")
+_KINKED_CALLS: tuple[Any, ...] = (
+    *(F.relu6, F.leaky_relu, F.hardtanh, F.hardswish, F.threshold, F.prelu, F.rrelu),
+    *(torch.clamp, torch.clamp_min, torch.abs, operator.abs, "clamp", "clamp_min", "abs"),
+)
+_TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _KINKED = (nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Threshold, nn.Hardtanh, nn.Hardswish)
 
 
@@ -49,7 +55,9 @@ def soften(
 
     Modules are replaced where they stand. A model that also calls `F.relu` or `tensor.relu()` is traced
     by `torch.fx`, and its graph, with the calls replaced, is returned: parameters and their names stay.
-    Where tracing fails, the calls stay and the report, and a warning, say so.
+    Branches of its Python code are then fixed as they are in the present mode, functional dropout among them.
+    Where tracing fails, the calls stay and the report, and a warning, say so. torch's own transformer layers
+    keep their activation as an attribute, which is replaced.
 
     Args:
         model: the network.
@@ -77,9 +85,15 @@ def soften(
         done.modules.append("")
         return (softened, done) if report else softened
     for name, module in list(model.named_modules()):
-        for child_name, child in list(module.named_children()):
+        if isinstance(module, _TRANSFORMERS) and module.activation in _FUNCTIONS:
+            module.activation = functools.partial(F.softplus, beta=beta)
+            module.activation_relu_or_gelu = 0  # keeps the fused kernel, which knows ReLU alone, away
+            done.modules.append(f"{name}.activation" if name else "activation")
+        for child_name, child in module._modules.items():
+            if child is None:
+                continue
             path = f"{name}.{child_name}" if name else child_name
-            if isinstance(child, nn.ReLU) and type(child) is nn.ReLU:
+            if isinstance(child, nn.ReLU):
                 setattr(module, child_name, _softplus(beta))
                 done.modules.append(path)
             elif isinstance(child, _KINKED):
@@ -92,22 +106,18 @@ def _softplus(beta: float) -> nn.Softplus:
     return nn.Softplus(beta)
 
 
-def _smooth(beta: float) -> Callable[[Tensor], Tensor]:
-    def softplus(x: Tensor, inplace: bool = False) -> Tensor:
-        return F.softplus(x, beta)
-
-    return softplus
-
-
 def _mentions_relu(model: nn.Module) -> list[str]:
-    """Return the classes whose forward code names relu: worth tracing, or worth a warning."""
-    found = []
-    for kind in {type(module) for module in model.modules()}:
-        if kind.__module__.startswith("torch.nn."):
-            continue
+    """Return the classes whose forward code calls relu as a function: worth tracing, or worth a warning."""
+    found = set()
+    for module in model.modules():
+        kind = type(module)
         code = getattr(kind.forward, "__code__", None)
-        if code is not None and {"relu", "relu_"} & set(code.co_names):
-            found.append(kind.__name__)
+        if kind.__module__.startswith("torch.nn.") or code is None:
+            continue
+        names = set(code.co_names)
+        submodule_only = hasattr(module, "relu") and not names & {"F", "torch", "functional"}
+        if names & {"relu", "relu_"} and not submodule_only:
+            found.add(kind.__name__)
     return sorted(found)
 
 
@@ -127,25 +137,21 @@ def _calls(model: nn.Module, beta: float, report: SoftenReport) -> nn.Module:
             stacklevel=4,
         )
         return model
-    smooth = _smooth(beta)
-    for node in graph.graph.nodes:
-        functional = node.op == "call_function" and node.target in _FUNCTIONS
-        clamped = node.op in ("call_function", "call_method") and node.target in (
-            torch.clamp,
-            torch.clamp_min,
-            "clamp",
-            "clamp_min",
-            operator.abs,
-        )
-        if functional or (node.op == "call_method" and node.target in _METHODS):
-            report.calls.append(f"{node.name}")
+    for node in list(graph.graph.nodes):
+        if isinstance(node.type, str):  # a graph with unevaluated annotations cannot be pickled
+            node.type = None
+        function = node.op == "call_function" and node.target in _FUNCTIONS
+        if function or (node.op == "call_method" and node.target in _METHODS):
+            report.calls.append(node.name)
             argument = node.args[0] if node.args else node.kwargs["input"]
-            node.op, node.target = "call_function", smooth
-            node.args, node.kwargs = (argument,), {}
-        elif clamped:
-            report.untouched[str(node.name)] = f"{node.target} has kinks, but is no ReLU"
+            with graph.graph.inserting_before(node):
+                smooth = graph.graph.call_function(F.softplus, (argument, beta))
+            node.replace_all_uses_with(smooth)
+            graph.graph.erase_node(node)
+        elif node.op in ("call_function", "call_method") and node.target in _KINKED_CALLS:
+            what = node.target if isinstance(node.target, str) else node.target.__name__
+            report.untouched[node.name] = f"{what} is piecewise linear, but no ReLU"
     if not report.calls:
         return model
     graph.recompile()
-    graph.train(model.training)
     return graph

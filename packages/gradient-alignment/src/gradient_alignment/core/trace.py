@@ -144,7 +144,18 @@ def evaluate(fn: Function, x: Tensor) -> Tensor:
 
 
 def gradient(fn: Function, x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a fresh leaf with the values of x, f there, and its gradient."""
+    """Return a fresh leaf with the values of x, f there, and its gradient.
+
+    In a compiled region, which has no autograd.grad, by torch.func; then x is no leaf of the result's graph.
+    """
+    if torch.compiler.is_compiling():
+
+        def total(point: Tensor) -> tuple[Tensor, Tensor]:
+            value = evaluate(fn, point)
+            return value.sum(), value
+
+        slope, (_, value) = torch.func.grad_and_value(total, has_aux=True)(x)
+        return x, value, slope
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         value = evaluate(fn, leaf)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradient_alignment.core.noise import check_count
+from gradient_alignment.core.noise import check_count, require_floating
 from gradient_alignment.interpret.saliency import Model, evaluation_mode, input_gradient
 
 
@@ -26,6 +26,7 @@ def sample(
     noise: float = 0.0,
     clip: tuple[float, float] = (0.0, 1.0),
     shape: Sequence[int] | None = None,
+    project: bool = True,
     generator: torch.Generator | None = None,
     return_path: bool = False,
 ) -> Any:
@@ -47,6 +48,8 @@ def sample(
         noise: temperature T.
         clip: smallest and largest value.
         shape: of one image, e.g. (3, 32, 32).
+        project: clip after every step; False lets x leave the box, evaluates the model at clip(x) and clips at the
+            end (activation maximisation as in the authors' code).
         generator: source of start and noise, on y's device.
         return_path: also return the path, (steps + 1, B, ...).
 
@@ -70,6 +73,7 @@ def sample(
     if not low < high:
         raise ValueError(f"clip must be (low, high) with low < high, got {clip!r}")
     if isinstance(init, Tensor):
+        require_floating(init)
         if len(init) != len(y):
             raise ValueError(f"init has {len(init)} images, y has {len(y)} labels")
         x = init.detach().clone()
@@ -82,15 +86,22 @@ def sample(
         raise ValueError(f"init must be 'gaussian' or a tensor, got {init!r}")
     x.clamp_(low, high)
     path = [x.clone()] if return_path else []
-    for _ in range(steps):
-        slope = input_gradient(model, x, y)
-        x.add_(slope - weight_decay * (x - center), alpha=lr)
-        if noise:
-            kick = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            x.add_(kick, alpha=math.sqrt(2 * lr * noise))
-        x.clamp_(low, high)
-        if return_path:
-            path.append(x.clone())
+    with evaluation_mode(model):
+
+        def climbed(point: Tensor) -> Tensor:
+            return model(point if project else point.clamp(low, high))
+
+        for _ in range(steps):
+            slope = input_gradient(climbed, x, y)
+            x.add_(slope - weight_decay * (x - center), alpha=lr)
+            if noise:
+                kick = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+                x.add_(kick, alpha=math.sqrt(2 * lr * noise))
+            if project:
+                x.clamp_(low, high)
+            if return_path:
+                path.append(x.clone())
+    x.clamp_(low, high)
     return (x, torch.stack(path)) if return_path else x
 
 
@@ -142,7 +153,14 @@ def gan_test(
             raise ValueError("pass labels or num_classes")
         check_count("num_samples", num_samples)
         labels = torch.arange(num_samples) % num_classes
-    made = [sample(model, part, **sample_arguments) for part in torch.split(labels, batch_size)]
+        device = next(model.parameters()).device if isinstance(model, nn.Module) else None
+        labels = labels.to(device)
+    init = sample_arguments.pop("init", "gaussian")
+    made = []
+    for start in range(0, len(labels), batch_size):
+        part = slice(start, start + batch_size)
+        own = init[part] if isinstance(init, Tensor) else init
+        made.append(sample(model, labels[part], init=own, **sample_arguments))
     samples = torch.cat(made)
     with torch.no_grad(), evaluation_mode(judge):
         verdict = torch.as_tensor(judge(samples))

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradient_alignment.core.noise import check_choice, check_count
+from gradient_alignment.core.noise import check_choice, check_count, require_floating
 from gradient_alignment.core.targets import pick
 from gradient_alignment.interpret.saliency import Model, evaluation_mode
 
@@ -101,10 +101,13 @@ def pixel_perturbation(
     check_choice("order", order, Order)
     check_choice("metric", metric, Metric)
     check_count("batch_size", batch_size)
+    require_floating(x)
+    if not len(x):
+        raise ValueError("x is empty")
     spatial = x.shape[2:] if x.ndim > 2 else x.shape[1:]
     if saliency.shape != (len(x), *spatial):
         raise ValueError(
-            f"saliency must be {(len(x), *spatial)}, one value a pixel, got {tuple(saliency.shape)}"
+            f"saliency must be {(len(x), *spatial)}, one value a pixel (see reduce_channels), got {tuple(saliency.shape)}"
         )
     steps = (
         default_fractions()
@@ -133,9 +136,10 @@ def pixel_perturbation(
             else:
                 values = pick(logits, labels).double()
             sums.index_add_(0, step, values.cpu())
-    means = sums / max(len(x), 1)
-    span = float(steps[-1] - steps[0])
-    area = float(torch.trapezoid(means, steps)) / span if span else float(means.mean())
+    means = sums / len(x)
+    along = torch.argsort(steps)
+    span = float(steps[along[-1]] - steps[along[0]])
+    area = float(torch.trapezoid(means[along], steps[along])) / span if span else float(means.mean())
     return Curve(steps, means, area, counts)
 
 
