@@ -1,6 +1,6 @@
 """Bias, variance and time of every trace estimator, and the time to a given standard error.
 
-    python benchmarks/bench_trace.py [--draws 400] [--json FILE]
+python benchmarks/bench_trace.py [--draws 400] [--json FILE]
 """
 
 from __future__ import annotations
@@ -90,10 +90,23 @@ def main() -> None:
     x, y = data.test_x[::27], data.test_y[::27]
     print(f"{len(x)} digits, a classifier trained for 10 epochs; one draw a call, float32\n")
     rows = compare_estimators(
-        model, x, y, sigmas=(0.1, 0.01, 0.001), draws=args.draws, repeats=args.repeats, seed=args.seed
+        model,
+        x,
+        y,
+        sigmas=(0.1, 0.01, 0.001),
+        draws=args.draws,
+        repeats=args.repeats,
+        seed=args.seed,
     )
     published = next(r for r in rows if (r.method, r.sigma) == ("taylor", 0.01))
-    columns = ["estimator", "directions", "σ", "bias", "std of a draw", "variance: published / this"]
+    columns = [
+        "estimator",
+        "directions",
+        "σ",
+        "bias",
+        "std of a draw",
+        "variance: published / this",
+    ]
     columns += ["ms, with θ-gradient", "s to 1 % error", "time: published / this"]
     lines: list[list[object]] = []
     for row in rows:
@@ -112,9 +125,7 @@ def main() -> None:
             ]
         )
     table(columns, lines)
-    results["estimators"] = [
-        {k: None if v != v else v for k, v in vars(row).items()} for row in rows
-    ]
+    results["estimators"] = [row.summary() for row in rows]
 
     print("more draws at σ = 0.01: standard deviation of the estimate over 60 repeats\n")
     fn, lines = ga.class_logit(model, y), []
@@ -134,7 +145,9 @@ def main() -> None:
 
     for batch, size in ((64, 8), (32, 28)):
         times = speed(args, batch, size)
-        print(f"batch {batch}, {size}x{size} pixels, one draw, value and gradient in the parameters\n")
+        print(
+            f"batch {batch}, {size}x{size} pixels, one draw, value and gradient in the parameters\n"
+        )
         hand = times["double backward by hand"]
         table(
             ["estimator", "ms", "/ double backward by hand"],

@@ -57,7 +57,9 @@ class Published:
     logits, of which the label's is picked.
     """
 
-    def __init__(self, model: nn.Module, weight: float, stability: float, sigma: float, draws: int) -> None:
+    def __init__(
+        self, model: nn.Module, weight: float, stability: float, sigma: float, draws: int
+    ) -> None:
         self.model, self.weight, self.stability = model, weight, stability
         self.sigma, self.draws = sigma, draws
 
@@ -77,6 +79,12 @@ class Published:
         return nn.functional.cross_entropy(logits, y) + self.weight * penalty
 
 
-def step(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Callable[[], object]:
-    """Return a call that takes the loss and its gradient in the parameters."""
-    return lambda: torch.autograd.grad(loss(), parameters)
+def step(loss: Callable[[], Tensor], model: nn.Module) -> Callable[[], object]:
+    """Return a call that takes a training step's loss and gradients."""
+
+    def run() -> object:
+        model.zero_grad(set_to_none=True)
+        loss().backward()
+        return None
+
+    return run

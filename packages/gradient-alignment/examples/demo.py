@@ -132,7 +132,9 @@ def claims(results: dict[str, list[Evaluation]], fooled: Any) -> list[dict[str, 
             "least 0.3 with the direction to the class mean) and not without (0.1 at most; anti below 0)",
             "baseline": spread(cosine[BASE]),
             "ours": f"{spread(cosine[SCORE])}; anti {spread(cosine[ANTI])}",
-            "holds": min(cosine[SCORE]) >= 0.3 and max(cosine[BASE]) <= 0.1 and max(cosine[ANTI]) < 0,
+            "holds": min(cosine[SCORE]) >= 0.3
+            and max(cosine[BASE]) <= 0.1
+            and max(cosine[ANTI]) < 0,
         },
         {
             "claim": "The control variate moves the trace where the published estimator cannot: below -200 in score "
@@ -193,13 +195,19 @@ def findings(results: dict[str, list[Evaluation]]) -> list[str]:
     listed = "; ".join(f"{name} {value:.3f}" for name, value in lerf.items())
     score, plain = mean(results[SCORE], "gradient"), mean(results[PLAIN], "gradient")
     return [
-        "Pixel perturbation, least salient pixels first, orders the models otherwise than the other measures do on "
-        f"digits: aligned gradients spread over the whole image, so that more is lost with them. Area: {listed}.",
-        f"The published estimator keeps the gradients smallest (mean ‖∇f‖² {plain:.1f} against {score:.1f}): its "
-        "stability term is mostly a penalty of the gradient's norm, of weight 4μ/σ² = 40 against ½.",
-        f"Anti-score-matching by the published estimator costs accuracy "
-        f"({mean(results[ANTI_PLAIN], 'accuracy'):.3f} against {mean(results[BASE], 'accuracy'):.3f}) and does not "
-        "raise the trace.",
+        (
+            "Pixel perturbation, least salient pixels first, orders the models otherwise than the other measures do on "
+            f"digits: aligned gradients spread over the whole image, so that more is lost with them. Area: {listed}."
+        ),
+        (
+            f"The published estimator keeps the gradients smallest (mean ‖∇f‖² {plain:.1f} against {score:.1f}): its "
+            "stability term is mostly a penalty of the gradient's norm, of weight 4μ/σ² = 40 against ½."
+        ),
+        (
+            f"Anti-score-matching by the published estimator costs accuracy "
+            f"({mean(results[ANTI_PLAIN], 'accuracy'):.3f} against {mean(results[BASE], 'accuracy'):.3f}) and does not "
+            "raise the trace."
+        ),
     ]
 
 
@@ -217,7 +225,9 @@ def draw(
     data = digits(seed)
     rows = [int(torch.nonzero(data.test_y == label)[0, 0]) for label in range(10)]
     x, y = data.test_x[rows], data.test_y[rows]
-    shown = {"training images": torch.stack([data.train_x[data.train_y == k][0] for k in range(10)])}
+    shown = {
+        "training images": torch.stack([data.train_x[data.train_y == k][0] for k in range(10)])
+    }
     shown |= {name: found[0].samples[:10] for name, found in results.items()}
     image_rows(shown, titles=[str(k) for k in range(10)]).savefig(out / "samples.png", dpi=110)
 
@@ -244,7 +254,10 @@ def draw(
         for name, found in results.items()
     }
     curves(
-        perturbed, x_label="share of pixels replaced, least salient first", y_label="accuracy", log_x=True
+        perturbed,
+        x_label="share of pixels replaced, least salient first",
+        y_label="accuracy",
+        log_x=True,
     ).savefig(out / "perturbation.png", dpi=110)
     found = compare_fooled(model, fooled, pattern, data.test_x.double(), data.test_y)
     return [
@@ -255,7 +268,10 @@ def draw(
             "caption": "A linear function added to all logits of the baseline: same predictions, same loss "
             "gradients, and every logit gradient shows the drawn pattern; centred logits are immune.",
         },
-        {"file": "perturbation.png", "caption": "Pixel perturbation by each model's own gradients."},
+        {
+            "file": "perturbation.png",
+            "caption": "Pixel perturbation by each model's own gradients.",
+        },
     ], found
 
 

@@ -16,7 +16,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, torch.tensor([0, 2, 1, 2]), noise
 
 
-@pytest.mark.parametrize("method", ["antithetic", "forward-over-reverse", "forward-forward", "taylor-cv"])
+@pytest.mark.parametrize(
+    "method", ["antithetic", "forward-over-reverse", "forward-forward", "taylor-cv"]
+)
 def test_traces_compile_as_one_graph_and_stay_differentiable(method):
     net = make_net()
     x, y, noise = batch()

@@ -57,7 +57,9 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model, x, y = model_and_data()
     # the whole loss is wrapped, so that all its passes run inside one forward of DDP
-    loss = nn.parallel.DistributedDataParallel(ga.RegularizedLoss(model, Fixed(0.05), ga.GradientNorm(0.1)))
+    loss = nn.parallel.DistributedDataParallel(
+        ga.RegularizedLoss(model, Fixed(0.05), ga.GradientNorm(0.1))
+    )
     train(loss, model, x[rank::2], y[rank::2])
     if rank == 0:
         torch.save(model.state_dict(), f"{folder}/state.pt")

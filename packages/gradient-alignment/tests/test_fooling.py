@@ -178,7 +178,10 @@ def test_high_frequency_has_one_phase_a_class():
         (lambda n, t: ga.fool(n, t, kind="masked"), "mask is for kind='masked', which needs it"),
         (lambda n, t: ga.fool(n, t, mask=t), "mask is for kind='masked', which needs it"),
         (lambda n, t: ga.shift_invariant(n, "median"), "mode must be one of"),
-        (lambda n, t: ga.train_fooled(n, [], t, None, weight=float("nan")), "weight must be finite"),
+        (
+            lambda n, t: ga.train_fooled(n, [], t, None, weight=float("nan")),
+            "weight must be finite",
+        ),
     ],
 )
 def test_bad_input(call, message):

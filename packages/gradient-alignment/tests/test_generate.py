@@ -196,9 +196,11 @@ def test_a_classifier_is_its_own_best_judge_and_batches_do_not_matter():
     right = model(runs[0].samples).argmax(1) == runs[0].labels
     assert runs[0].accuracy == pytest.approx(right.double().mean().item())
     assert runs[0].per_class.mean().item() == pytest.approx(runs[0].accuracy)
-    assert ga.gan_test(model, model, labels=torch.tensor([0]), num_classes=2, init=start[:1]).per_class[
-        1
-    ].isnan()
+    assert (
+        ga.gan_test(model, model, labels=torch.tensor([0]), num_classes=2, init=start[:1])
+        .per_class[1]
+        .isnan()
+    )
 
 
 def test_gan_test_needs_labels_or_their_number():

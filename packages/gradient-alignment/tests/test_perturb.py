@@ -9,7 +9,9 @@ import gradient_alignment as ga
 from gradient_alignment.interpret.perturb import default_fractions
 
 
-def make(seed: int = 0, channels: int = 2) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor]:
+def make(
+    seed: int = 0, channels: int = 2
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(channels * 36, 3)).double()
     x = torch.rand(7, channels, 6, 6, dtype=torch.float64)
@@ -41,7 +43,7 @@ def brute_force(model, x, y, saliency, fraction, order, fill, metric):
                     changed[channel, row, column] = fill.expand_as(image)[channel, row, column]
                 else:
                     changed[channel, row, column] = fill
-        logits = model(changed[None])[0]
+        logits = model(changed[None])[0].detach()
         if metric == "accuracy":
             values.append(float(logits.argmax() == label))
         elif metric == "prob":
@@ -56,12 +58,22 @@ DATASET_MEAN = torch.tensor([0.2, 0.7], dtype=torch.float64).view(2, 1, 1)
 
 
 @pytest.mark.parametrize("order", ["lerf", "morf"])
-@pytest.mark.parametrize("fill", ["mean", "blur", 0.5, DATASET_MEAN], ids=["mean", "blur", "half", "dataset"])
+@pytest.mark.parametrize(
+    "fill", ["mean", "blur", 0.5, DATASET_MEAN], ids=["mean", "blur", "half", "dataset"]
+)
 @pytest.mark.parametrize("metric", ["accuracy", "prob", "logit"])
 def test_curves_are_those_of_a_loop_over_images_and_pixels(order, fill, metric):
     model, x, y, saliency = make()
     curve = ga.pixel_perturbation(
-        model, x, y, saliency, fractions=FRACTIONS, order=order, fill=fill, metric=metric, batch_size=5
+        model,
+        x,
+        y,
+        saliency,
+        fractions=FRACTIONS,
+        order=order,
+        fill=fill,
+        metric=metric,
+        batch_size=5,
     )
     wanted = [brute_force(model, x, y, saliency, f, order, fill, metric) for f in FRACTIONS]
     assert curve.values.tolist() == pytest.approx(wanted, abs=1e-12)
@@ -71,7 +83,9 @@ def test_curves_are_those_of_a_loop_over_images_and_pixels(order, fill, metric):
 @pytest.mark.parametrize("saliency", ["random", "ties", "constant"])
 def test_exactly_the_stated_number_of_pixels_goes(saliency):
     _, x, y, scores = make(channels=1)
-    scores = {"random": scores, "ties": scores.round(), "constant": torch.zeros_like(scores)}[saliency]
+    scores = {"random": scores, "ties": scores.round(), "constant": torch.zeros_like(scores)}[
+        saliency
+    ]
     x = torch.ones_like(x)
 
     class Count(nn.Module):
@@ -97,7 +111,14 @@ def test_ties_go_by_index():
     x, scores = torch.ones(1, 4), torch.tensor([[0.0, 1.0, 0.0, 1.0]])
     for order in ("lerf", "morf"):
         ga.pixel_perturbation(
-            Look(), x, torch.tensor([0]), scores, fractions=[0.25, 0.75], order=order, fill=0.0, batch_size=1
+            Look(),
+            x,
+            torch.tensor([0]),
+            scores,
+            fractions=[0.25, 0.75],
+            order=order,
+            fill=0.0,
+            batch_size=1,
         )
     assert seen == [[0, 1, 1, 1], [0, 0, 0, 1], [1, 0, 1, 1], [0, 0, 1, 0]]
 
@@ -109,7 +130,7 @@ def test_all_pixels_gone_leaves_a_constant_image():
     )
     constant = x.mean((2, 3), keepdim=True).expand_as(x)
     wanted = model(constant)[torch.arange(7), y].mean()
-    assert full.values.item() == pytest.approx(wanted.item(), abs=1e-12)
+    assert full.values.item() == pytest.approx(wanted.detach().item(), abs=1e-12)
     assert full.auc == pytest.approx(full.values.item())
 
 
@@ -160,3 +181,34 @@ def test_bad_input(arguments, error, message):
     model, x, y, saliency = make()
     with pytest.raises(error, match=message):
         ga.pixel_perturbation(**{"model": model, "x": x, "y": y, "saliency": saliency, **arguments})
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+def test_the_curve_is_that_of_quantus_pixel_flipping():
+    quantus = pytest.importorskip("quantus")
+    model, x, y, saliency = make(channels=1)
+    model, x, saliency = model.float().eval(), x.float(), saliency.float()
+    metric = quantus.PixelFlipping(
+        features_in_step=6,
+        perturb_baseline="mean",
+        abs=False,
+        normalise=False,
+        return_aggregate=False,
+        disable_warnings=True,
+        display_progressbar=False,
+    )
+    theirs = metric(
+        model=model,
+        x_batch=x.numpy(),
+        y_batch=y.numpy(),
+        a_batch=saliency.unsqueeze(1).numpy(),
+        device="cpu",
+        softmax=True,
+    )
+    fractions = [k / 6 for k in range(1, 7)]
+    ours = ga.pixel_perturbation(
+        model, x, y, saliency, fractions=fractions, order="morf", metric="prob"
+    )
+    assert ours.values.tolist() == pytest.approx(np.asarray(theirs).mean(0)[-6:].tolist(), abs=1e-5)

@@ -401,7 +401,11 @@ def test_estimators_are_measured_against_exact_traces():
 
 def test_figures_have_the_rows_and_curves_they_were_given(tmp_path: Path):
     pytest.importorskip("matplotlib")
-    rows = {"grey": torch.rand(3, 1, 4, 4), "signed": torch.randn(2, 4, 4), "rgb": torch.rand(3, 3, 4, 4)}
+    rows = {
+        "grey": torch.rand(3, 1, 4, 4),
+        "signed": torch.randn(2, 4, 4),
+        "rgb": torch.rand(3, 3, 4, 4),
+    }
     figure = plots.image_rows(rows, titles=["a", "b"], signed=["signed"])
     assert len(figure.axes) == 9
     assert sum(len(axis.images) for axis in figure.axes) == 8

@@ -96,7 +96,9 @@ def test_smoothgrad_is_the_mean_over_noisy_copies(net, batch):
         for draw in noise:
             for b in range(4):
                 span = x[b].max() - x[b].min() if scale == "image" else x.max() - x.min()
-                total[b] += ga.input_gradient(net, x[b : b + 1] + 0.2 * span * draw[b], y[b : b + 1])[0]
+                total[b] += ga.input_gradient(
+                    net, x[b : b + 1] + 0.2 * span * draw[b], y[b : b + 1]
+                )[0]
         torch.testing.assert_close(maps, total / 3, rtol=0, atol=1e-13)
 
 
@@ -118,7 +120,11 @@ def test_channels_are_reduced_as_named():
         (lambda n, x, y: ga.input_gradient(n, x.long(), y), TypeError, "convert to float"),
         (lambda n, x, y: ga.input_gradient(n, x, y.float()), ValueError, "integer class indices"),
         (lambda n, x, y: ga.input_gradient(n, x, y[:2]), ValueError, r"y must have shape \(4,\)"),
-        (lambda n, x, y: ga.input_gradient(lambda x: x, x[None], y), ValueError, r"\(B, C\) logits"),
+        (
+            lambda n, x, y: ga.input_gradient(lambda x: x, x[None], y),
+            ValueError,
+            r"\(B, C\) logits",
+        ),
         (lambda n, x, y: ga.smoothgrad(n, x, y, num_samples=0), ValueError, "num_samples must be"),
         (lambda n, x, y: ga.smoothgrad(n, x, y, noise_level=-1), ValueError, "noise_level must be"),
         (lambda n, x, y: ga.smoothgrad(n, x, y, scale="x"), ValueError, "scale must be one of"),

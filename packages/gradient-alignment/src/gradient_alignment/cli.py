@@ -145,9 +145,7 @@ def _bench(args: argparse.Namespace) -> int:
     for row in rows:
         cells = vars(row).values()
         lines.append("\t".join(v if isinstance(v, str) else f"{v:.4g}" for v in cells))
-    # JSON has no NaN
-    listed = [{k: None if v != v else v for k, v in vars(row).items()} for row in rows]
-    _answer(args, listed, lines)
+    _answer(args, [row.summary() for row in rows], lines)
     return 0
 
 
@@ -170,9 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(
         name: str, run: Callable[[argparse.Namespace], int], text: str, *parents: Any
     ) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name, help=text, description=text, parents=[common, *parents]
-        )
+        command = commands.add_parser(name, help=text, description=text, parents=[common, *parents])
         command.set_defaults(run=run)
         return command
 

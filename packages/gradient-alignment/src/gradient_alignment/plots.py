@@ -47,7 +47,7 @@ def image_rows(
                 axis.imshow(picture, cmap="gray")
     for axis, title in zip(axes[0], titles, strict=False):
         axis.set_title(title, fontsize=8)
-    figure.tight_layout(pad=0.3)
+    figure.tight_layout(pad=0.3, w_pad=0.6)
     return figure
 
 

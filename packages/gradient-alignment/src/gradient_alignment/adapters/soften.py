@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 _FUNCTIONS: tuple[Callable[..., Any], ...] = (torch.relu, F.relu, torch.relu_, F.relu_)
@@ -87,7 +87,9 @@ def soften(
     for name, module in list(model.named_modules()):
         if isinstance(module, _TRANSFORMERS) and module.activation in _FUNCTIONS:
             module.activation = functools.partial(F.softplus, beta=beta)
-            module.activation_relu_or_gelu = 0  # keeps the fused kernel, which knows ReLU alone, away
+            module.activation_relu_or_gelu = (
+                0  # keeps the fused kernel, which knows ReLU alone, away
+            )
             done.modules.append(f"{name}.activation" if name else "activation")
         for child_name, child in module._modules.items():
             if child is None:

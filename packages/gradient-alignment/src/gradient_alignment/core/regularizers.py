@@ -22,6 +22,7 @@ from gradient_alignment.core.shared import SharedPass, refuse_compiled, warn_if_
 from gradient_alignment.core.targets import Target, check_target
 from gradient_alignment.core.trace import (
     FINITE_DIFFERENCES,
+    TRANSFORMS,
     Method,
     hessian_trace,
     second_difference,
@@ -106,6 +107,11 @@ class _Traced(Regularizer):
         if self.estimator not in ("taylor", "taylor-cv"):
             if self.estimator not in FINITE_DIFFERENCES:
                 refuse_compiled(shared.model)
+            if self.estimator in TRANSFORMS and shared.moves_statistics:
+                raise RuntimeError(
+                    f"estimator {self.estimator!r} is made by torch.func, under which batch normalisation cannot "
+                    "update its running statistics: use bn='shared' or bn='frozen'"
+                )
             estimate: Tensor = hessian_trace(
                 shared.function(self.of),
                 shared.x,
@@ -191,6 +197,8 @@ class ScoreMatching(_Traced):
 
     Raises:
         ValueError: an unknown word, a number out of range, a stability term where there is no trace.
+        RuntimeError: when called, for a compiled model with an estimator that needs its double backward, and
+            for forward-mode estimators with bn="batch" and batch normalisation in training.
 
     Example:
         >>> import torch

@@ -126,9 +126,12 @@ class SharedPass:
         """Whether several draws may be evaluated in one pass: no masks to share, no statistics to move."""
         if self._module is None:
             return True
-        if self.bn == "batch" and active_norms(self._module):
-            return False
-        return not has_active_dropout(self._module)
+        return not (self.moves_statistics or has_active_dropout(self._module))
+
+    @property
+    def moves_statistics(self) -> bool:
+        """Whether every pass updates running statistics, as published: bn="batch" with active batch norms."""
+        return self.bn == "batch" and self._module is not None and bool(active_norms(self._module))
 
     def function(self, of: Target = "label") -> Callable[[Tensor], Tensor]:
         """Return x -> (B,), evaluated as `bn` says and with the dropout masks of the clean pass.

@@ -38,6 +38,8 @@ Method = Literal[
 ]
 FINITE_DIFFERENCES = ("taylor", "taylor-cv", "antithetic")
 """Methods that compare values of f at nearby points, and need single precision or better."""
+TRANSFORMS = ("forward-over-reverse", "forward-forward")
+"""Methods made of torch.func's transforms, under which no buffer can be updated."""
 
 
 def hessian_trace(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -46,6 +48,13 @@ class Row:
     variance: float
     milliseconds: float
     seconds_to_error: float
+
+    def summary(self) -> dict[str, str | float | None]:
+        """Return the fields ready for JSON, which has no NaN."""
+        fields: dict[str, str | float | None] = dict(vars(self))
+        if math.isnan(self.sigma):
+            fields["sigma"] = None
+        return fields
 
 
 def median_milliseconds(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
@@ -140,6 +149,4 @@ def compare_estimators(
 
 
 def _double(model: nn.Module) -> nn.Module:
-    import copy
-
     return copy.deepcopy(model).double()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gradient_alignment.core.noise import check_count
 from gradient_alignment.core.targets import class_logit
@@ -196,7 +197,7 @@ def compare_fooled(
 
     def cosines(each: nn.Module) -> Tensor:
         maps = input_gradient(each, x, y).flatten(1)
-        return torch.nn.functional.cosine_similarity(maps, pattern.flatten().expand_as(maps), dim=1)
+        return F.normalize(maps, dim=1) @ F.normalize(pattern.flatten(), dim=0)
 
     before, after = (input_gradient(each, x, y, of="loss").flatten(1) for each in (model, fooled))
     size = before.norm(dim=1).square().mean().sqrt()

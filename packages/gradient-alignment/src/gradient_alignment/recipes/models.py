@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -32,7 +33,7 @@ def small_cnn(num_classes: int = 10, *, channels: int = 1, size: int = 8) -> nn.
         torch.Size([2, 10])
     """
     stride = 2 if size > 16 else 1
-    side = -(-(-(-size // stride)) // 2)
+    side = math.ceil(math.ceil(size / stride) / 2)
     return nn.Sequential(
         nn.Conv2d(channels, 32, 3, padding=1),
         nn.Softplus(BETA),
@@ -129,7 +130,10 @@ def vgg(depth: int = 11, num_classes: int = 100, *, channels: int = 3) -> nn.Seq
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "small-cnn": small_cnn,
-    **{f"resnet{d}": lambda num_classes, d=d, **kw: resnet(d, num_classes, **kw) for d in (9, 18, 34)},
+    **{
+        f"resnet{d}": lambda num_classes, d=d, **kw: resnet(d, num_classes, **kw)
+        for d in (9, 18, 34)
+    },
     **{f"vgg{d}": lambda num_classes, d=d, **kw: vgg(d, num_classes, **kw) for d in _VGG},
 }
 
@@ -155,10 +159,11 @@ def count_parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def accuracy(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch_size: int = 512) -> float:
+def accuracy(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch_size: int = 512
+) -> float:
     """Return the share of samples that a classifier gets right, in [0, 1], in the mode that it is in."""
-    right = sum(
-        int((model(a).argmax(1) == b).sum())
-        for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True)
-    )
+    right = 0
+    for a, b in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+        right += int((model(a).argmax(1) == b).sum())
     return right / len(x)

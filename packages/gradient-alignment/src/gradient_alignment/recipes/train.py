@@ -150,7 +150,7 @@ def train(
     losses = []
     for epoch in range(config.epochs):
         total = 0.0
-        for rows in torch.randperm(count).split(config.batch_size):
+        for rows in torch.split(torch.randperm(count), config.batch_size):
             x, y = data.train_x[rows], data.train_y[rows]
             loss = loss_fn(augment(x) if config.augment else x, y)
             optimizer.zero_grad(set_to_none=True)
@@ -206,5 +206,7 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of `gradient-alignment train`: {error}") from error
+        raise ValueError(
+            f"{path} is no checkpoint of `gradient-alignment train`: {error}"
+        ) from error
     return model.eval(), {k: v for k, v in state.items() if k != "state"}
