@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 import torch
 from bench_trace import table
-from common import Published, finish, median_milliseconds, options, step
+from common import Published, finish, milliseconds, options, step
 from torch import nn
 
 import gradient_alignment as ga
@@ -60,7 +60,7 @@ def steps(args: object) -> list[list[object]]:
                 step(lambda c=controlled, x=x, y=y: c(x, y), model),
                 step(lambda t=three, x=x, y=y: t(x, y), model),
             ]
-            times = median_milliseconds(calls, args.repeats)
+            times = milliseconds(calls, args.repeats)
             plain, theirs, own, cv, all_three = times
             lines.append(
                 [
@@ -154,21 +154,22 @@ def perturbation(args: object) -> list[list[object]]:
 
 
 def sampler(args: object) -> list[list[object]]:
-    torch.manual_seed(0)
-    model, y = small_cnn().eval(), torch.arange(64) % 10
-    start = torch.rand(64, 1, 8, 8)
+    lines: list[list[object]] = []
+    for name, (model, x, y) in networks().items():
+        model.eval()
 
-    def ours() -> object:
-        return ga.sample(model, y, steps=20, init=start)
+        def ours(model: nn.Module = model, x: torch.Tensor = x, y: torch.Tensor = y) -> object:
+            return ga.sample(model, y, steps=10, init=x)
 
-    def floor() -> object:
-        for _ in range(20):
-            point = start.clone().requires_grad_()
-            torch.autograd.grad(model(point).gather(1, y[:, None]).sum(), point)
-        return None
+        def floor(model: nn.Module = model, x: torch.Tensor = x, y: torch.Tensor = y) -> object:
+            for _ in range(10):
+                point = x.clone().requires_grad_()
+                torch.autograd.grad(model(point).gather(1, y[:, None]).sum(), point)
+            return None
 
-    a, b = median_milliseconds([ours, floor], args.repeats)
-    return [["20 steps of 64 images", a, b, a / b]]
+        a, b = milliseconds([ours, floor], args.repeats)
+        lines.append([name, a, b, a / b])
+    return lines
 
 
 def main() -> None:
@@ -197,7 +198,7 @@ def main() -> None:
     print(f"pixel perturbation, {args.images} images of 28x28, one run each\n")
     table(["", "fractions", "s", "/ ours"], second)
     third = sampler(args)
-    table(["sampler", "ours, ms", "forward and input gradient", "ratio"], third)
+    table(["sampler, 10 steps", "ours, ms", "forward and input gradient", "ratio"], third)
     finish(args, {"steps": first, "perturbation": second, "sampler": third})
 
 

@@ -278,8 +278,9 @@ class ScoreMatching(_Traced):
             )
             self._note(objective=values.mean(), nonfinite=(~values.isfinite()).sum())
             return self.weight * values.mean()
-        h = self.trace(shared)
+        # the gradient first: backward then finds its graph beside the clean pass's, in the cache
         size = half_square(shared.gradient(self.of)).mean()
+        h = self.trace(shared)
         square = h.square().mean()
         self._note(trace=h.mean(), gradient=size, stability=square, nonfinite=(~h.isfinite()).sum())
         return self.weight * (h.mean() + size + self.stability * square)

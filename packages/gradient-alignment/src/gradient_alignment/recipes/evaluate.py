@@ -170,7 +170,8 @@ def drawn_pattern(shape: tuple[int, ...]) -> Tensor:
     ring = (radius - 0.85).abs() < 0.2
     cross = ((rows.abs() < 0.15) | (columns.abs() < 0.15)) & (radius < 0.6)
     picture = (ring | cross).float().expand(channels, height, width)
-    return picture / picture.norm()
+    scaled: Tensor = picture / torch.linalg.vector_norm(picture)
+    return scaled
 
 
 @dataclass(frozen=True)
