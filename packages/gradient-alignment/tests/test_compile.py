@@ -61,3 +61,21 @@ def test_objectives_compile_as_one_graph(objective):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "sphere"])
+def test_directions_are_drawn_inside_the_graph_for_any_batch(distribution):
+    net = make_net().float()
+
+    def trace(x: torch.Tensor) -> torch.Tensor:
+        fn = ga.class_logit(net, of="logsumexp")
+        return ga.hessian_trace(fn, x, method="forward-forward", distribution=distribution)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(trace, fullgraph=True, backend="aot_eager")
+    exact = ga.hessian_trace(ga.class_logit(net, of="logsumexp"), torch.zeros(1, 5), method="exact")
+    for size in (4000, 3000, 2000):  # the second size makes the batch symbolic
+        found = compiled(torch.zeros(size, 5))
+        assert found.shape == (size,)
+        error = found.std() / size**0.5
+        assert (found.mean() - exact[0]).abs() < 6 * error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -50,10 +50,12 @@ def directions(
     check_choice("distribution", distribution, Distribution)
     check_count("num_samples", num_samples)
     shape = (num_samples, *x.shape)
+    # in a compiled graph with symbolic sizes there is no room for a generator, not even None
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
     if distribution == "rademacher":
-        bits = torch.randint(0, 2, shape, generator=generator, device=x.device)
+        bits = torch.randint(0, 2, shape, device=x.device, **source)
         return bits.to(x.dtype).mul_(2).sub_(1)
-    v = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
+    v = torch.randn(shape, device=x.device, dtype=x.dtype, **source)
     if distribution == "sphere":
         flat = v.flatten(2)
         v = (flat * (math.sqrt(flat.shape[2]) / flat.norm(dim=2, keepdim=True))).view(shape)

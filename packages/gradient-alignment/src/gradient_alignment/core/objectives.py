@@ -74,15 +74,18 @@ def score_matching_loss(
 
     With s = ∇f and H = ∇²f:
 
-    | objective | per sample | source |
-    |---|---|---|
-    | `esm` | tr H + ½‖s‖², the trace by `method` | Hyvärinen 2005 |
-    | `ssm` | vᵀHv + ½(vᵀs)² | Song et al. 2019 |
-    | `ssm-vr` | vᵀHv + ½‖s‖² | Song et al. 2019 |
-    | `fd-ssm` | (f(x+εv)+f(x-εv)-2f(x))/ε² + (f(x+εv)-f(x-εv))²/(8ε²), no gradient | Pang et al. 2020 |
-    | `dsm` | ½‖s(x+σz) + z/σ‖² | Vincent 2011 |
-    | `ksm` | `esm` + `curvature` Σ_j H_jj² | Kingma and LeCun 2010 |
+    ==========  =========================================================  =======================
+    objective   per sample                                                 source
+    ==========  =========================================================  =======================
+    ``esm``     tr H + ½‖s‖², the trace by `method`                        Hyvärinen 2005
+    ``ssm``     vᵀHv + ½(vᵀs)²                                             Song et al. 2019
+    ``ssm-vr``  vᵀHv + ½‖s‖²                                               Song et al. 2019
+    ``fd-ssm``  (f(x+εv)+f(x-εv)-2f(x))/ε² + (f(x+εv)-f(x-εv))²/(8ε²)      Pang et al. 2020
+    ``dsm``     ½‖s(x+σz) + z/σ‖²                                          Vincent 2011
+    ``ksm``     ``esm`` + `curvature` Σ_j H_jj²                            Kingma and LeCun 2010
+    ==========  =========================================================  =======================
 
+    "fd-ssm" takes no gradient at all.
     "dsm" is the score of the data smoothed by N(0, σ²I). Its variance grows like D/σ²;
     `variance_reduction` gives ½‖s(x+σz)‖² + (s(x+σz) - s(x))ᵀz/σ + D/(2σ²), which has the same mean and does
     not blow up.

@@ -59,17 +59,20 @@ def hessian_trace(
 ) -> Any:
     r"""Estimate :math:`\mathrm{tr}\,\nabla^2 f(x_b)` for every sample b.
 
-    | method | one draw | unbiased | leading variance of a draw |
-    |---|---|---|---|
-    | `taylor` | :math:`\frac{2}{\sigma^2}(f(x+\sigma v)-f(x))`, the published one | to O(σ²) | 4‖∇f‖²/σ² + 2‖H‖² |
-    | `taylor-cv` | the same, minus :math:`\frac{2}{\sigma}\nabla f^T v` | to O(σ²) | 2‖H‖² |
-    | `antithetic` | :math:`(f(x+\sigma v)+f(x-\sigma v)-2f(x))/\sigma^2` | to O(σ²) | 2‖H‖² |
-    | `hutchinson` | vᵀHv by a second backward pass | yes | 2‖H‖² |
-    | `forward-over-reverse` | vᵀHv by a JVP of the gradient | yes | 2‖H‖² |
-    | `forward-forward` | vᵀHv by two nested JVPs, no backward pass | yes | 2‖H‖² |
-    | `exact` | the D diagonal entries | exact | 0 |
-    | `hutch++`, `xtrace` | a low-rank part exactly, the rest by draws | yes | smaller if H has a few large eigenvalues |
+    =========================  ======================================================  =============  ==================
+    method                     one draw                                                unbiased       variance of a draw
+    =========================  ======================================================  =============  ==================
+    ``taylor``, as published   :math:`\frac{2}{\sigma^2}(f(x+\sigma v)-f(x))`          to O(σ²)       4‖∇f‖²/σ² + 2‖H‖²
+    ``taylor-cv``              the same, minus :math:`\frac{2}{\sigma}\nabla f^T v`    to O(σ²)       2‖H‖²
+    ``antithetic``             :math:`(f(x+\sigma v)+f(x-\sigma v)-2f(x))/\sigma^2`    to O(σ²)       2‖H‖²
+    ``hutchinson``             vᵀHv by a second backward pass                          yes            2‖H‖²
+    ``forward-over-reverse``   vᵀHv by a JVP of the gradient                           yes            2‖H‖²
+    ``forward-forward``        vᵀHv by two nested JVPs, no backward pass               yes            2‖H‖²
+    ``exact``                  the D diagonal entries                                  exact          0
+    ``hutch++``, ``xtrace``    a low-rank part exactly, the rest by draws              yes            often smaller
+    =========================  ======================================================  =============  ==================
 
+    Variances are to leading order in σ; those of the last row are small if H has a few large eigenvalues.
     With Rademacher directions the squares of the diagonal drop out of ‖H‖². The bias of the Taylor forms is
     :math:`\frac{\sigma^2}{4}\Delta^2 f` for Gaussian directions.
 
