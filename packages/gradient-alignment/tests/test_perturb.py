@@ -192,7 +192,7 @@ def test_the_curve_is_that_of_quantus_pixel_flipping():
     model, x, saliency = model.float().eval(), x.float(), saliency.float()
     metric = quantus.PixelFlipping(
         features_in_step=6,
-        perturb_baseline="mean",
+        perturb_baseline=0.5,  # its mean is that of the image as perturbed so far
         abs=False,
         normalise=False,
         return_aggregate=False,
@@ -209,6 +209,6 @@ def test_the_curve_is_that_of_quantus_pixel_flipping():
     )
     fractions = [k / 6 for k in range(1, 7)]
     ours = ga.pixel_perturbation(
-        model, x, y, saliency, fractions=fractions, order="morf", metric="prob"
+        model, x, y, saliency, fractions=fractions, order="morf", metric="prob", fill=0.5
     )
     assert ours.values.tolist() == pytest.approx(np.asarray(theirs).mean(0)[-6:].tolist(), abs=1e-5)
