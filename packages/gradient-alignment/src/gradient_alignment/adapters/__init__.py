@@ -1,0 +1,1 @@
+"""Surgery on the user's own model."""

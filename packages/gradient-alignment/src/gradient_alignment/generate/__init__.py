@@ -1,0 +1,1 @@
+"""Classifiers as generative models: samples, the GAN-test, density ratios and alignment with the data."""

@@ -1,0 +1,1 @@
+"""What input gradients mean: saliency maps, how they can be fooled, and tests of them."""

@@ -1,0 +1,1 @@
+"""The paper's experiments: networks, data, training and evaluation."""
