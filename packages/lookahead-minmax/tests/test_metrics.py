@@ -100,3 +100,10 @@ def test_mode_coverage_counts_reached_centres() -> None:
 def test_bad_input_is_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_features_of_one_dimension() -> None:
+    first, second = torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[1.0], [2.0], [3.0], [6.0]])
+    gap = first.mean() - second.mean()
+    expected = gap**2 + (first.std() - second.std()) ** 2
+    assert feature_distance(first, second) == pytest.approx(expected.item(), rel=1e-6)

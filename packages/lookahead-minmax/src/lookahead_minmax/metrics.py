@@ -52,7 +52,8 @@ def feature_distance(features1: Tensor, features2: Tensor) -> float:
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"features must be (n >= 2, d), got {tuple(features.shape)}")
     first, second = features1.double(), features2.double()
-    return frechet_distance(first.mean(0), torch.cov(first.T), second.mean(0), torch.cov(second.T))
+    cov1, cov2 = (torch.cov(x.T).reshape(x.shape[1], x.shape[1]) for x in (first, second))
+    return frechet_distance(first.mean(0), cov1, second.mean(0), cov2)
 
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
