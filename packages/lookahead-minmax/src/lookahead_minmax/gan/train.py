@@ -145,8 +145,11 @@ def train(
         progress: called with (rounds done, distance of the live generator).
 
     Raises:
-        ValueError: base "unrolled" with another optimizer than Adam.
+        ValueError: base "unrolled" with another optimizer than Adam, or a count is below 1.
     """
+    for name in ("rounds", "d_iters", "batch_size", "evaluations"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(recipe, name)}")
     if recipe.base == "unrolled" and recipe.optim != "adam":
         raise ValueError(f"base 'unrolled' differentiates Adam's steps; optim is {recipe.optim!r}")
     torch.manual_seed(recipe.seed)
