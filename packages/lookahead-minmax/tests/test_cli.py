@@ -66,6 +66,8 @@ def test_gan_on_digits(k: list[str], capsys: pytest.CaptureFixture[str], tmp_pat
         (["game", "bilinear", "--dimension", "0"], "--dimension must be at least 1"),
         (["game", "stochastic", "--batch-size", "0"], "batch_size must be at least 1"),
         (["gan", "--rounds", "0"], "rounds must be at least 1"),
+        (["gan", "--data", "ring", "--resume"], "--resume needs the folder"),
+        (["gan", "--data", "ring", "--resume", "--out", "DAMAGED"], "No such file"),
         (["gan", "--d-iters", "0"], "d_iters must be at least 1"),
         (["gan", "--data", "ring", "--scale", "0_1"], "--scale belongs to images"),
         (["spectrum", "--sigma", "1", "2", "3"], "--sigma takes one"),
@@ -140,3 +142,16 @@ def test_gan_takes_the_recipes_settings(capsys: pytest.CaptureFixture[str]) -> N
     assert main([*arguments, "--scale", "0_1", "--quiet", "--json"]) == 0
     recipe = json.loads(capsys.readouterr().out)["recipe"]
     assert (recipe["betas"], recipe["batch_size"]) == ([0.05, 0.999], 20)
+
+
+def test_gan_resumes_the_run_of_its_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["gan", "--data", "ring", "--rounds", "12", "--k", "4", "--quiet", "--json"]
+    arguments += ["--out", str(tmp_path)]
+    assert main(arguments) == 0
+    whole = capsys.readouterr().out
+    assert main([*arguments, "--resume"]) == 0  # the run is over: its last numbers again
+    assert json.loads(capsys.readouterr().out) == json.loads(whole)
+    assert main([*arguments, "--resume", "--seed", "3"]) == 2
+    assert "other settings: ['seed']" in capsys.readouterr().err

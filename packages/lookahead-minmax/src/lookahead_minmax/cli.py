@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     gan.add_argument("--betas", type=float, nargs=2, default=(0.0, 0.9), help="Adam's and RAdam's")
     gan.add_argument("--batch-size", type=int, default=50)
     gan.add_argument("--ema", type=float, default=0.999)
+    gan.add_argument("--resume", action="store_true", help="go on with the run in --out")
     gan.add_argument(
         "--train", action="store_true", help="MNIST's training images, not its test images"
     )
@@ -182,7 +183,13 @@ def _gan(arguments: argparse.Namespace) -> dict[str, Any]:
             text = f"round {done}/{recipe.rounds}: Fréchet distance {distance:.2f}"
             print(text, file=sys.stderr, flush=True)
 
-    curve = train.train(recipe, images, train.feature_extractor(images, labels), report)
+    checkpoint = None if arguments.out is None else arguments.out / "checkpoint.pt"
+    if arguments.resume and checkpoint is None:
+        raise ValueError("--resume needs the folder of the run: --out")
+    features = train.feature_extractor(images, labels)
+    curve = train.train(
+        recipe, images, features, report, checkpoint=checkpoint, resume=arguments.resume
+    )
     if arguments.out is not None:
         from lookahead_minmax.plot import plot_gan_curves
 
