@@ -102,14 +102,15 @@ def mode_coverage(samples: Tensor, centres: Tensor, radius: float) -> Coverage:
         radius: usually three standard deviations of a mode.
 
     Raises:
-        ValueError: dimensions differ or the radius is not positive.
+        ValueError: dimensions differ, there is no sample, or the radius is not positive.
     """
     if samples.ndim != 2 or centres.ndim != 2 or samples.shape[1] != centres.shape[1]:
         raise ValueError(
             f"samples {tuple(samples.shape)} and centres {tuple(centres.shape)} must share d"
         )
+    if len(samples) == 0:
+        raise ValueError("there is no sample")
     if radius <= 0:
         raise ValueError(f"radius must be positive, got {radius}")
-    distance, nearest = torch.cdist(samples, centres).min(1)
-    near = distance <= radius
-    return Coverage(len(set(nearest[near].tolist())), float(near.double().mean()))
+    near = torch.cdist(samples, centres) <= radius
+    return Coverage(int(near.any(0).sum()), float(near.any(1).double().mean()))
