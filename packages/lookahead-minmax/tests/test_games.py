@@ -323,3 +323,11 @@ def test_alternating_players_draw_a_minibatch_each() -> None:
 def test_runner_refuses_counts_out_of_range(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(StochasticBilinear(4), **options)
+
+
+@pytest.mark.parametrize(
+    "start", [torch.ones(12).double(), torch.ones(1, 11).double(), torch.ones(1, 12)]
+)
+def test_runner_refuses_starts_that_do_not_fit(start: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"start must be \(starts, 12\) of torch.float64"):
+        run(StochasticBilinear(6), start=start)

@@ -140,6 +140,11 @@ def run(
     if start is None:
         noise = torch.randn(starts, len(solution), generator=generator, dtype=solution.dtype)
         start = solution + noise
+    if start.ndim != 2 or start.shape[1] != len(solution) or start.dtype != solution.dtype:
+        raise ValueError(
+            f"start must be (starts, {len(solution)}) of {solution.dtype}, "
+            f"got {tuple(start.shape)} of {start.dtype}"
+        )
     z, count = start.clone(), game.players[0]
     size = batch_size or count
     unrolled = len(game.players) if unroll_only is None else len(game.players) - 1
