@@ -267,3 +267,30 @@ def test_extra_state_of_layers_is_passed_on() -> None:
     average = EMA(layer)
     assert average.averaged_module().scale == 3
     assert repr(average) == "EMA(Extra, updates=0)"
+
+
+def test_integer_parameters_that_join_later_are_refused() -> None:
+    w = weight()
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    LookaheadMinmax({"G": optimizer})
+    counter = nn.Parameter(torch.ones(1, dtype=torch.int32), requires_grad=False)
+    optimizer.add_param_group({"params": [counter]})
+    with pytest.raises(ValueError, match=r"player 'G' has a parameter of torch.int32"):
+        descend(optimizer, w)
+    assert w.item() == 1.0
+
+
+def test_copy_in_the_middle_of_an_extragradient_round_knows_that_it_is() -> None:
+    w = weight()
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    eg, la = ExtraGradient(optimizer), LookaheadMinmax(optimizer, k=1)
+    w.grad = torch.ones_like(w)
+    eg.extrapolate()
+    v, twin, lookahead = copy.deepcopy((w, eg, la))
+    with pytest.raises(RuntimeError, match="finish the round first"):
+        lookahead.step()
+    v.grad = torch.full_like(v, 2.0)
+    twin.step()
+    lookahead.step()
+    assert v.item() == pytest.approx(1 - 0.1, rel=1e-14)  # half of 0.2
+    assert w.item() == 0.9

@@ -86,6 +86,8 @@ class ExtraGradient:
         """Take over the attributes of the original."""
         vars(self).update(state)
         state_keepers.add(self)
+        for player in self._origin:
+            extrapolated.update(self.players[player])
 
     def forget(self, optimizer: Optimizer) -> None:
         """Drop the extrapolation's own state of an optimizer ("separate")."""

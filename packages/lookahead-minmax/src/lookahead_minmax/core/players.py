@@ -97,6 +97,24 @@ def names_of(optimizer: Optimizer) -> Iterator[str | None]:
         yield from group.get("param_names") or [None] * len(group["params"])
 
 
+def check_tensor(player: str, tensor: Tensor) -> None:
+    """Check that a parameter can be interpolated.
+
+    Raises:
+        ValueError: it is neither floating nor complex, or is sparse.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(
+            f"player {player!r} has a parameter of {tensor.dtype}: lookahead interpolates, "
+            "which needs floating or complex numbers"
+        )
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"player {player!r} has a sparse parameter ({tensor.layout}): lookahead needs dense "
+            "ones (their gradients may be sparse)"
+        )
+
+
 def check_parameters(
     players: Mapping[str, list[Optimizer]], alphas: Sequence[Mapping[str, float]]
 ) -> None:
@@ -113,16 +131,7 @@ def check_parameters(
     owner: dict[int, str] = {}
     for player, optimizers in players.items():
         for tensor in (t for optimizer in optimizers for t in parameters_of(optimizer)):
-            if not (tensor.is_floating_point() or tensor.is_complex()):
-                raise ValueError(
-                    f"player {player!r} has a parameter of {tensor.dtype}: lookahead interpolates, "
-                    "which needs floating or complex numbers"
-                )
-            if tensor.layout is not torch.strided:
-                raise ValueError(
-                    f"player {player!r} has a sparse parameter ({tensor.layout}): lookahead needs dense "
-                    "ones (their gradients may be sparse)"
-                )
+            check_tensor(player, tensor)
             other = owner.setdefault(id(tensor), player)
             if any(row[other] != row[player] for row in alphas):
                 raise ValueError(

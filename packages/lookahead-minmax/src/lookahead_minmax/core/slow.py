@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lookahead_minmax.core import tensors
-from lookahead_minmax.core.players import names_of, parameters_of, state_keepers
+from lookahead_minmax.core.players import check_tensor, names_of, parameters_of, state_keepers
 
 # State that is no running mean of gradients and must keep its value: counters, NAdam's product of
 # momenta, step sizes of ASGD and Rprop.
@@ -91,6 +91,7 @@ class SlowCopies:
                 for tensor, name in zip(parameters_of(optimizer), names_of(optimizer), strict=True):
                     slot = slots.get(id(tensor))
                     if slot is None:
+                        check_tensor(player, tensor)
                         slot = self._slot(player, name, tensor)
                         slots[id(tensor)] = slot
                         self.slots.append(slot)
