@@ -84,7 +84,8 @@ class SlowCopies:
         known = [id(t) for opts in self.players.values() for o in opts for t in parameters_of(o)]
         if known == self._known:
             return
-        self.slots = [slot for slot in self.slots if id(slot.tensor) in set(known)]
+        owned = set(known)
+        self.slots = [slot for slot in self.slots if id(slot.tensor) in owned]
         slots = {id(slot.tensor): slot for slot in self.slots}
         for player, optimizers in self.players.items():
             for optimizer in optimizers:
