@@ -63,6 +63,13 @@ def test_gan_on_digits(k: list[str], capsys: pytest.CaptureFixture[str], tmp_pat
         (["game", "bilinear", "--k", "0"], "k must be at least 1"),
         (["game", "bilinear", "--k", "5", "--alpha", "2"], "alpha must be in"),
         (["game", "bilinear", "--batch-size", "2"], "belongs to the stochastic game"),
+        (["game", "bilinear", "--dimension", "0"], "--dimension must be at least 1"),
+        (["game", "stochastic", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["gan", "--rounds", "0"], "rounds must be at least 1"),
+        (["gan", "--data", "ring", "--resume"], "--resume needs the folder"),
+        (["gan", "--data", "ring", "--resume", "--out", "DAMAGED"], "No such file"),
+        (["gan", "--d-iters", "0"], "d_iters must be at least 1"),
+        (["gan", "--data", "ring", "--scale", "0_1"], "--scale belongs to images"),
         (["spectrum", "--sigma", "1", "2", "3"], "--sigma takes one"),
         (["gan", "--data", "mnist", "--data-dir", "DAMAGED"], "has the checksum"),
     ],
@@ -103,3 +110,48 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
     for call in calls:
         with pytest.raises(ImportError, match=r"lookahead-minmax\[plot\]"):
             call()
+
+
+def test_divergence_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["game", "bilinear", "--lr", "3", "--steps", "2000", "--dimension", "2", "--json"]
+    assert main(arguments) == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    assert json.loads(capsys.readouterr().out, parse_constant=refuse)["gda"]["end"] is None
+
+
+def test_spectrum_of_the_optimistic_method_keeps_the_previous_update(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["spectrum", "--method", "ogda", "--lr", "0.3", "--k", "4", "--json"]
+    assert main(arguments) == 0
+    matrix = torch.tensor(  # on (x, y, x of the last round, y of the last round)
+        [[1, -0.6, 0, 0.3], [0.6, 1, -0.3, 0], [1, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.float64
+    )
+    period = torch.linalg.matrix_power(matrix, 4)
+    period[:2] = 0.5 * torch.eye(4, dtype=torch.float64)[:2] + 0.5 * period[:2]
+    expected = torch.linalg.eigvals(period).abs().max().item()
+    result = json.loads(capsys.readouterr().out)
+    assert result["sigma 1"]["period"] == pytest.approx(expected, rel=1e-10)
+
+
+def test_gan_takes_the_recipes_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["gan", "--rounds", "2", "--betas", "0.05", "0.999", "--batch-size", "20"]
+    assert main([*arguments, "--scale", "0_1", "--quiet", "--json"]) == 0
+    recipe = json.loads(capsys.readouterr().out)["recipe"]
+    assert (recipe["betas"], recipe["batch_size"]) == ([0.05, 0.999], 20)
+
+
+def test_gan_resumes_the_run_of_its_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["gan", "--data", "ring", "--rounds", "12", "--k", "4", "--quiet", "--json"]
+    arguments += ["--out", str(tmp_path)]
+    assert main(arguments) == 0
+    whole = capsys.readouterr().out
+    assert main([*arguments, "--resume"]) == 0  # the run is over: its last numbers again
+    assert json.loads(capsys.readouterr().out) == json.loads(whole)
+    assert main([*arguments, "--resume", "--seed", "3"]) == 2
+    assert "other settings: ['seed']" in capsys.readouterr().err

@@ -277,3 +277,57 @@ def test_bad_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r"lookahead-minmax\[games\]"):
         GAMES["pennies"].solution()
+
+
+def test_only_one_player_is_unrolled() -> None:
+    game, z = GAMES["quadratic"], random(1, 5)
+    x, y = z[0, :3], z[0, 3:]
+    y_w = y
+    for _ in range(4):
+        y_w = y_w - 0.1 * game.field(torch.cat([x, y_w])[None])[0, 3:]
+    x_new = x - 0.1 * game.field(torch.cat([x, y_w])[None])[0, :3]
+    y_new = y - 0.1 * game.field(z)[0, 3:]
+    result = run(game, "unrolled", steps=1, lr=0.1, start=z, unroll=4, unroll_only=1)
+    torch.testing.assert_close(result.z[0], torch.cat([x_new, y_new]))
+    assert result.oracle_calls.tolist() == [0, 6]
+
+
+def test_unrolled_y_contracts_on_the_papers_game_as_its_matrix() -> None:
+    """x sees y after s steps: x' = (1 - s eta^2) x - eta y, y' = y + eta x; modulus sqrt(det)."""
+    game = Bilinear(torch.eye(1, dtype=torch.float64))
+    matrix = torch.tensor([[1 - 6 * 0.09, -0.3], [0.3, 1]], dtype=torch.float64)
+    start = random(3, 2)
+    result = run(game, "unrolled", steps=20, lr=0.3, start=start, unroll=6, unroll_only=1)
+    expected = start @ torch.linalg.matrix_power(matrix, 20).T
+    torch.testing.assert_close(result.z, expected, rtol=1e-11, atol=1e-14)
+
+
+def test_alternating_players_draw_a_minibatch_each() -> None:
+    game, start = StochasticBilinear(6), random(1, 12)
+    result = run(game, "alt", steps=1, lr=0.1, start=start, batch_size=2, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.randint(6, (1, 2), generator=generator) for _ in range(2))
+    z = start.clone()
+    z[:, 6:] -= 0.1 * game.field(z, first)[:, 6:]
+    z[:, :6] -= 0.1 * game.field(z, second)[:, :6]
+    torch.testing.assert_close(result.z, z)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"unroll_only": 2}, r"must be in 0\.\.1"),
+    ],
+)
+def test_runner_refuses_counts_out_of_range(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(StochasticBilinear(4), **options)
+
+
+@pytest.mark.parametrize(
+    "start", [torch.ones(12).double(), torch.ones(1, 11).double(), torch.ones(1, 12)]
+)
+def test_runner_refuses_starts_that_do_not_fit(start: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"start must be \(starts, 12\) of torch.float64"):
+        run(StochasticBilinear(6), start=start)

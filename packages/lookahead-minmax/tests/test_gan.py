@@ -8,6 +8,7 @@ import json
 import math
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +289,45 @@ def test_every_base_optimizer_trains_and_unrolling_needs_adam() -> None:
     assert all(math.isfinite(value) for run in runs for value in run.live)
     with pytest.raises(ValueError, match="differentiates Adam's steps"):
         train(Recipe(optim="sgd", base="unrolled", **common), points, features)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"k": (3, 6)},
+        {"base": "extra", "d_iters": 2, "k": (5,)},
+        {"base": "unrolled", "unroll": 2, "k": (5,)},
+    ],
+)
+def test_interrupted_run_goes_on_bit_for_bit(settings: Any, tmp_path: Path) -> None:
+    points, modes = data.ring(200)
+    features = feature_extractor(points, modes, steps=5)
+    recipe = Recipe(data="ring", rounds=16, evaluations=4, **settings)
+    whole = train(recipe, points, features)
+
+    def interrupt(done: int, distance: float) -> None:
+        if done == 8:
+            raise Interrupted
+
+    file = tmp_path / "run" / "checkpoint.pt"
+    with pytest.raises(Interrupted):
+        train(recipe, points, features, interrupt, checkpoint=file)
+    seen: list[int] = []
+    resumed = train(
+        recipe,
+        points,
+        features,
+        lambda done, distance: seen.append(done),
+        checkpoint=file,
+        resume=True,
+    )
+    assert seen == [12, 16]
+    assert resumed.as_dict() == whole.as_dict()
+    assert torch.equal(resumed.samples, whole.samples)
+    with pytest.raises(ValueError, match=r"other settings: \['lr', 'seed'\]"):
+        train(replace(recipe, lr=0.5, seed=2), points, features, checkpoint=file, resume=True)

@@ -11,6 +11,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from lookahead_minmax.metrics import (
+    Coverage,
     feature_distance,
     frechet_distance,
     inception_score,
@@ -100,3 +101,17 @@ def test_mode_coverage_counts_reached_centres() -> None:
 def test_bad_input_is_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_features_of_one_dimension() -> None:
+    first, second = torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[1.0], [2.0], [3.0], [6.0]])
+    gap = first.mean() - second.mean()
+    expected = gap**2 + (first.std() - second.std()) ** 2
+    assert feature_distance(first, second) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_sample_counts_for_every_centre_within_the_radius() -> None:
+    samples, centres = torch.tensor([[0.1], [9.0]]), torch.tensor([[0.0], [1.0], [5.0]])
+    assert mode_coverage(samples, centres, 1.0) == Coverage(2, 0.5)
+    with pytest.raises(ValueError, match="there is no sample"):
+        mode_coverage(samples[:0], centres, 1.0)

@@ -143,8 +143,9 @@ def jacobian() -> Tensor:
         ("eg", 1, 1.0),
         ("eg", 4, 0.5),
         ("eg", (2, 6), (0.5, 0.7)),
-        # with lookahead the previous update is state beside z, so a period is no matrix on z alone
         ("ogda", 1, 1.0),
+        ("ogda", 4, 0.5),
+        ("ogda", (2, 6), (0.5, 0.7)),
     ],
 )
 def test_implemented_methods_are_their_operators(
@@ -153,7 +154,8 @@ def test_implemented_methods_are_their_operators(
     """A period of the real optimizers, applied to every basis vector, is the predicted matrix."""
     lr, period = 0.1, k if isinstance(k, int) else k[-1]
     round_operator = spectral.operator(jacobian, method, lr)
-    predicted = spectral.lookahead_operator(round_operator, k, alpha)
+    kept = 5 if method == "ogda" else 0  # the previous update is state, which is not stepped back
+    predicted = spectral.lookahead_operator(round_operator, k, alpha, kept=kept)
     columns = []
     for basis in torch.eye(5, dtype=torch.float64):
         game = LinearGame(jacobian, basis)
@@ -241,3 +243,75 @@ def test_bad_input_is_refused() -> None:
         spectral.suggest_k(0.1, 1.0, 1.0, alpha=0.0)
     with pytest.raises(ValueError, match="must be a vector"):
         spectral.rotation_frequency(lambda z: z, torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(("k", "alpha"), [(5, 0.5), (9, 0.3)])
+def test_suggested_rate_of_the_optimistic_method_is_the_measured_one(k: int, alpha: float) -> None:
+    """The previous update is kept at a synchronisation, so the eigenvalue map alone is not the rate."""
+    turn = torch.tensor([[0.0, 0.3], [-0.3, 0.0]], dtype=torch.float64)
+    part = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    optimizer = Optimistic(torch.optim.SGD([part], lr=1.0))
+    la = LookaheadMinmax(optimizer, k=k, alpha=alpha)
+    state = []
+    for _ in range(8 * k):
+        part.grad = turn @ part.detach()
+        before = part.detach().clone()
+        optimizer.step()
+        if la.step():
+            state.append(torch.cat([part.detach(), before]))
+    # the last synchronised points (z, u) span the space: fit the period's matrix to them
+    x, y = torch.stack(state[:4], 1), torch.stack(state[1:5], 1)
+    measured = torch.linalg.eigvals(y @ torch.linalg.inv(x)).abs().max().item()
+    rate = spectral.stability_map(torch.tensor([0.3]), torch.tensor([k]), alpha, "ogda").item()
+    assert measured ** (1 / k) == pytest.approx(rate, rel=1e-6)
+
+
+def test_suggested_k_of_the_optimistic_method_minimises_its_matrix() -> None:
+    jacobian = spectral.bilinear_jacobian(torch.eye(1, dtype=torch.float64))
+    matrix = spectral.operator(jacobian, "ogda", 0.3)
+    rates = {}
+    for k in range(1, 40):
+        power = torch.linalg.matrix_power(matrix, k)
+        power[:2] = 0.5 * torch.eye(4, dtype=torch.float64)[:2] + 0.5 * power[:2]
+        rates[k] = torch.linalg.eigvals(power).abs().max().item() ** (1 / k)
+    found = spectral.suggest_k(0.3, 1.0, 1.0, method="ogda", k_max=39)
+    assert found.k == min(rates, key=lambda k: rates[k])
+    assert found.rate == pytest.approx(rates[found.k], rel=1e-12)
+
+
+def test_rotation_frequency_of_players_is_that_of_their_joint_field() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, b, q = (torch.randn(3, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    p, q = p @ p.T, q @ q.T
+    x, y, unused = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    players = {
+        "x": torch.optim.SGD([x], lr=0.1),
+        "y": torch.optim.SGD([y, unused], lr=0.1, maximize=True),
+    }
+
+    def value() -> Tensor:
+        return x @ p @ x / 2 + x @ b @ y - y @ q @ y / 2
+
+    jacobian = torch.cat([torch.cat([p, b], 1), torch.cat([-b.T, q], 1)])
+    expected = sorted(torch.linalg.eigvals(jacobian).abs().tolist())
+    by_name = spectral.rotation_frequency(
+        lambda: {"y": value(), "x": value()}, players, num_eigenvalues=6, generator=generator
+    )
+    assert sorted(by_name.abs().tolist()) == pytest.approx(expected, rel=1e-8)
+    in_order = spectral.rotation_frequency(lambda: [value(), value()], players, num_eigenvalues=2)
+    assert max(in_order.abs().tolist()) == pytest.approx(expected[-1], rel=1e-8)
+    with pytest.raises(ValueError, match="1 losses for 2 players"):
+        spectral.rotation_frequency(lambda: [value()], players)
+    with pytest.raises(KeyError, match="'z'"):
+        spectral.rotation_frequency(lambda: {"x": value(), "z": value()}, players)
+
+
+def test_rotation_frequency_of_linear_losses_is_zero() -> None:
+    x = torch.ones(2, requires_grad=True)
+    found = spectral.rotation_frequency(lambda: [x.sum()], torch.optim.SGD([x], lr=0.1))
+    assert found.tolist() == [0]
+
+
+def test_kept_coordinates_must_be_fewer_than_all() -> None:
+    with pytest.raises(ValueError, match=r"kept must be in \[0, 2\)"):
+        spectral.lookahead_operator(torch.eye(2), 2, 0.5, kept=2)

@@ -55,7 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     gan.add_argument("--d-iters", type=int, default=1)
     gan.add_argument("--unroll", type=int, default=20, help="steps (--base unrolled)")
     gan.add_argument("--lr", type=float, default=1e-3)
+    gan.add_argument("--betas", type=float, nargs=2, default=(0.0, 0.9), help="Adam's and RAdam's")
+    gan.add_argument("--batch-size", type=int, default=50)
     gan.add_argument("--ema", type=float, default=0.999)
+    gan.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    gan.add_argument(
+        "--train", action="store_true", help="MNIST's training images, not its test images"
+    )
+    gan.add_argument("--scale", choices=("0_1", "-1_1"), default="-1_1", help="range of the pixels")
     return parser
 
 
@@ -66,6 +73,8 @@ def _build_game(arguments: argparse.Namespace) -> Game:
 
     generator = torch.Generator().manual_seed(arguments.seed)
     size = arguments.dimension
+    if size < 1:
+        raise ValueError(f"--dimension must be at least 1, got {size}")
     if arguments.name == "bilinear":
         a, b = torch.randn(2, size, generator=generator, dtype=torch.float64)
         return games.Bilinear(torch.eye(size, dtype=torch.float64), a, b)
@@ -123,7 +132,8 @@ def _spectrum(arguments: argparse.Namespace) -> dict[str, Any]:
         matrix = spectral.operator(jacobian, arguments.method, arguments.lr)
         row = {"round": spectral.spectral_radius(matrix)}
         if arguments.k:
-            period = spectral.lookahead_operator(matrix, arguments.k, arguments.alpha)
+            kept = len(matrix) - len(jacobian)  # the optimistic method's previous point
+            period = spectral.lookahead_operator(matrix, arguments.k, arguments.alpha, kept=kept)
             row["period"] = spectral.spectral_radius(period)
             row["per_round"] = row["period"] ** (1 / arguments.k[-1])
         result[f"sigma {sigma:g}"] = row
@@ -147,7 +157,11 @@ def _gan(arguments: argparse.Namespace) -> dict[str, Any]:
     elif arguments.data == "ring":
         images, labels = data.ring(seed=arguments.seed)
     else:
-        images, labels = data.mnist(arguments.data_dir)
+        images, labels = data.mnist(arguments.data_dir, train=arguments.train)
+    if arguments.scale == "0_1":
+        if arguments.data == "ring":
+            raise ValueError("--scale belongs to images")
+        images = (images + 1) / 2
     recipe = train.Recipe(
         data=arguments.data,
         base=arguments.base,
@@ -158,6 +172,8 @@ def _gan(arguments: argparse.Namespace) -> dict[str, Any]:
         unroll=arguments.unroll,
         optim=arguments.optim,
         lr=arguments.lr,
+        betas=tuple(arguments.betas),
+        batch_size=arguments.batch_size,
         ema=arguments.ema,
         seed=arguments.seed,
     )
@@ -167,7 +183,13 @@ def _gan(arguments: argparse.Namespace) -> dict[str, Any]:
             text = f"round {done}/{recipe.rounds}: Fréchet distance {distance:.2f}"
             print(text, file=sys.stderr, flush=True)
 
-    curve = train.train(recipe, images, train.feature_extractor(images, labels), report)
+    checkpoint = None if arguments.out is None else arguments.out / "checkpoint.pt"
+    if arguments.resume and checkpoint is None:
+        raise ValueError("--resume needs the folder of the run: --out")
+    features = train.feature_extractor(images, labels)
+    curve = train.train(
+        recipe, images, features, report, checkpoint=checkpoint, resume=arguments.resume
+    )
     if arguments.out is not None:
         from lookahead_minmax.plot import plot_gan_curves
 
@@ -184,6 +206,15 @@ def _gan(arguments: argparse.Namespace) -> dict[str, Any]:
 def _save(axes: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     axes.figure.savefig(folder / "figure.png", dpi=110)
+
+
+def _jsonable(value: Any) -> Any:
+    """Return a result with None for infinite and undefined numbers, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(result: dict[str, Any], indent: str = "") -> list[str]:
@@ -212,9 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lookahead-minmax: {error}", file=sys.stderr)
         return 2
     if arguments.out is not None:
-        text = json.dumps(result, indent=1)
+        text = json.dumps(_jsonable(result), indent=1)
         (arguments.out / "result.json").write_text(text, encoding="utf-8")
-    print(json.dumps(result) if arguments.json else "\n".join(_lines(result)))
+    print(json.dumps(_jsonable(result)) if arguments.json else "\n".join(_lines(result)))
     return 0
 
 

@@ -52,7 +52,8 @@ def feature_distance(features1: Tensor, features2: Tensor) -> float:
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"features must be (n >= 2, d), got {tuple(features.shape)}")
     first, second = features1.double(), features2.double()
-    return frechet_distance(first.mean(0), torch.cov(first.T), second.mean(0), torch.cov(second.T))
+    cov1, cov2 = (torch.cov(x.T).reshape(x.shape[1], x.shape[1]) for x in (first, second))
+    return frechet_distance(first.mean(0), cov1, second.mean(0), cov2)
 
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
@@ -101,14 +102,15 @@ def mode_coverage(samples: Tensor, centres: Tensor, radius: float) -> Coverage:
         radius: usually three standard deviations of a mode.
 
     Raises:
-        ValueError: dimensions differ or the radius is not positive.
+        ValueError: dimensions differ, there is no sample, or the radius is not positive.
     """
     if samples.ndim != 2 or centres.ndim != 2 or samples.shape[1] != centres.shape[1]:
         raise ValueError(
             f"samples {tuple(samples.shape)} and centres {tuple(centres.shape)} must share d"
         )
+    if len(samples) == 0:
+        raise ValueError("there is no sample")
     if radius <= 0:
         raise ValueError(f"radius must be positive, got {radius}")
-    distance, nearest = torch.cdist(samples, centres).min(1)
-    near = distance <= radius
-    return Coverage(len(set(nearest[near].tolist())), float(near.double().mean()))
+    near = torch.cdist(samples, centres) <= radius
+    return Coverage(int(near.any(0).sum()), float(near.any(1).double().mean()))

@@ -10,12 +10,14 @@ Lookahead brings it back below 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from lookahead_minmax.core.players import Players, normalize_players
 
 Method = Literal["gda", "alt", "eg", "ogda", "pp"]
 METHODS: tuple[Method, ...] = ("gda", "alt", "eg", "ogda", "pp")
@@ -75,29 +77,49 @@ def operator(jacobian: Tensor, method: Method, lr: float, *, split: int | None =
 
 
 def lookahead_operator(
-    round_operator: Tensor, k: int | Sequence[int], alpha: float | Sequence[float]
+    round_operator: Tensor,
+    k: int | Sequence[int],
+    alpha: float | Sequence[float],
+    *,
+    kept: int = 0,
 ) -> Tensor:
     r"""Return the matrix of one period of Lookahead, :math:`(1-\alpha) I + \alpha M^k`; nested for sequences.
+
+    Lookahead steps the weights back and leaves the optimizers' state (`state="keep"`). Where a round's
+    matrix also acts on state, as that of "ogda" on the previous point, these coordinates are `kept`.
 
     Args:
         round_operator: M, the matrix of a round, (n, n).
         k: rounds in a period; for nested levels each a multiple of the one below.
         alpha: factor of each level.
+        kept: how many of the last coordinates are state that is not stepped back: n for the (2n, 2n)
+            matrix of "ogda", 0 for the other methods.
 
     Raises:
-        ValueError: numbers of levels differ, or a level is no multiple of the one below.
+        ValueError: numbers of levels differ, a level is no multiple of the one below, or `kept` is not
+            in [0, n).
     """
     periods = [k] if isinstance(k, int) else list(k)
     alphas = [alpha] * len(periods) if isinstance(alpha, (int, float)) else list(alpha)
     if len(periods) != len(alphas):
         raise ValueError(f"k has {len(periods)} levels, alpha has {len(alphas)}")
+    if not 0 <= kept < len(round_operator):
+        raise ValueError(f"kept must be in [0, {len(round_operator)}), got {kept}")
     result, below = round_operator, 1
-    eye = torch.eye(result.shape[0], dtype=result.dtype, device=result.device)
     for period, factor in zip(periods, alphas, strict=True):
         if period < 1 or period % below:
             raise ValueError(f"k of a level must be a multiple of the one below, got {periods}")
-        result = (1 - factor) * eye + factor * torch.linalg.matrix_power(result, period // below)
-        below = period
+        power = torch.linalg.matrix_power(result, period // below)
+        result, below = _step_back(power, factor, kept), period
+    return result
+
+
+def _step_back(power: Tensor, alpha: float, kept: int) -> Tensor:
+    """Return (1 - alpha) I + alpha M^k for matrices M^k (..., n, n), with the rows of state as in M^k."""
+    eye = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device)
+    result = (1 - alpha) * eye + alpha * power
+    if kept:
+        result[..., -kept:, :] = power[..., -kept:, :]
     return result
 
 
@@ -111,11 +133,19 @@ def lookahead_eigenvalue(eigenvalue: complex, k: int, alpha: float) -> complex:
     return 1 - alpha + alpha * eigenvalue**k
 
 
-def _rotation(method: Method, step: float) -> list[complex]:
-    """Return a round's eigenvalues on one singular value, where step = lr sigma."""
-    jacobian = torch.tensor([[0.0, step], [-step, 0.0]], dtype=torch.float64)
-    values = torch.linalg.eigvals(operator(jacobian, method, 1.0))
-    return [complex(value) for value in values.tolist()]
+def _rotations(method: Method, steps: Tensor) -> tuple[Tensor, int]:
+    """Return a round's matrix for every step = lr sigma, and how many of its coordinates are state."""
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    matrices = [operator(step * turn, method, 1.0) for step in steps.tolist()]
+    return torch.stack(matrices), 2 if method == "ogda" else 0
+
+
+def _radii(power: Tensor, alpha: float, kept: int) -> Tensor:
+    """Return the spectral radius of a period for every M^k (s, n, n); inf where M^k overflowed."""
+    overflow = ~power.isfinite().all(-1).all(-1)
+    period = _step_back(power.masked_fill(overflow[:, None, None], 0.0), alpha, kept)
+    radii: Tensor = torch.linalg.eigvals(period).abs().amax(-1)
+    return radii.masked_fill(overflow, math.inf)
 
 
 @dataclass(frozen=True)
@@ -169,13 +199,12 @@ def suggest_k(
     sigmas = torch.logspace(
         math.log10(sigma_min), math.log10(sigma_max), count, dtype=torch.float64
     )
-    values = [value for sigma in sigmas.tolist() for value in _rotation(method, lr * sigma)]
-    eigenvalues = torch.tensor(values, dtype=torch.complex128)
-    powers = torch.ones_like(eigenvalues)
+    matrices, kept = _rotations(method, lr * sigmas)
+    powers = torch.eye(matrices.shape[-1], dtype=torch.float64)
     best = Suggestion(1, math.inf)
     for k in range(1, k_max + 1):
-        powers = powers * eigenvalues
-        worst = float((1 - alpha + alpha * powers).abs().max())
+        powers = powers @ matrices
+        worst = float(_radii(powers, alpha, kept).max())
         if not math.isfinite(worst):
             break
         if (rate := worst ** (1 / k)) < best.rate:
@@ -197,30 +226,35 @@ def stability_map(
     Returns:
         Rates, (p, s), float64.
     """
-    eigenvalues = torch.tensor([_rotation(method, step) for step in steps.tolist()])
+    matrices, kept = _rotations(method, steps)
     result = torch.empty(len(periods), len(steps), dtype=torch.float64)
     for row, k in enumerate(periods.tolist()):
-        worst = (1 - alpha + alpha * eigenvalues.to(torch.complex128) ** k).abs().amax(1)
+        worst = _radii(torch.linalg.matrix_power(matrices, k), alpha, kept)
         result[row] = worst ** (1 / k)
     return result
 
 
+Losses = Sequence[Tensor] | Mapping[str, Tensor]
+
+
 def rotation_frequency(
-    field: Callable[[Tensor], Tensor],
-    point: Tensor,
+    field: Callable[[Tensor], Tensor] | Callable[[], Losses],
+    point: Tensor | Players,
     *,
     num_eigenvalues: int = 4,
     num_steps: int = 32,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Estimate the leading eigenvalues of a field's Jacobian by Arnoldi iteration on Jacobian-vector products.
+    """Estimate the leading eigenvalues of a field's Jacobian by Arnoldi iteration, without forming it.
 
     Their imaginary parts are the frequencies of rotation; times the step size they are what `suggest_k`
-    takes. No matrix is formed, so it works for networks whose weights are flattened into one vector.
+    takes. For plain gradient steps: Adam's scaling of the field is not in them.
 
     Args:
-        field: the joint field v, maps (n,) to (n,); it is differentiated in forward mode.
-        point: z, (n,).
+        field: the joint field v, maps (n,) to (n,), differentiated in forward mode; or, for networks, a
+            closure that returns every player's own loss, in the players' order or by name.
+        point: z, (n,); or the players, as for `LookaheadMinmax`. The losses are computed once, at the
+            present weights, and differentiated twice; an optimizer that maximises counts as such.
         num_eigenvalues: how many to return.
         num_steps: size of the Krylov space, at most n is used.
         generator: of the random start; the default one otherwise.
@@ -229,17 +263,24 @@ def rotation_frequency(
         complex eigenvalues of largest modulus, (at most num_eigenvalues,), complex128.
 
     Raises:
-        ValueError: `point` is not a vector.
+        ValueError: `point` is no vector, or there are not as many losses as players.
+        KeyError: the losses' names are not the players'.
+
+    Example:
+        >>> x, y = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+        >>> players = {"x": torch.optim.SGD([x], 0.1), "y": torch.optim.SGD([y], 0.1)}
+        >>> values = rotation_frequency(lambda: {"x": 2 * x @ y, "y": -2 * x @ y}, players)
+        >>> sorted(round(value.imag, 4) for value in values.tolist())
+        [-2.0, 2.0]
     """
-    if point.ndim != 1:
-        raise ValueError(f"point must be a vector, got shape {tuple(point.shape)}")
-    start = torch.randn(point.shape, dtype=point.dtype, device="cpu", generator=generator)
-    basis = [start.to(point.device) / start.norm()]
-    size = min(num_steps, point.numel())
+    like, product = _vector_product(field, point)
+    start = torch.randn(like.shape, dtype=like.dtype, device="cpu", generator=generator)
+    basis = [start.to(like.device) / start.norm()]
+    size = min(num_steps, like.numel())
     hessenberg = torch.zeros(size + 1, size, dtype=torch.float64)
     used = size
     for column in range(size):
-        vector = torch.func.jvp(field, (point,), (basis[column],))[1]
+        vector = product(basis[column])
         for _ in range(2):  # twice is enough to keep the basis orthogonal
             for row, direction in enumerate(basis):
                 overlap = torch.dot(direction, vector)
@@ -247,10 +288,58 @@ def rotation_frequency(
                 vector = vector - overlap * direction
         norm = float(vector.norm())
         hessenberg[column + 1, column] = norm
-        if norm < 1e-10 * float(hessenberg.abs().max()):
+        if norm <= 1e-10 * float(hessenberg.abs().max()):
             used = column + 1
             break
         basis.append(vector / norm)
     eigenvalues: Tensor = torch.linalg.eigvals(hessenberg[:used, :used])
     order = eigenvalues.abs().argsort(descending=True)
     return eigenvalues[order][:num_eigenvalues]
+
+
+def _vector_product(
+    field: Any, point: Tensor | Players
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return a vector of the game's size and the product with J, or with J', of the same eigenvalues."""
+    if isinstance(point, Tensor):
+        if point.ndim != 1:
+            raise ValueError(f"point must be a vector, got shape {tuple(point.shape)}")
+        return point, lambda vector: torch.func.jvp(field, (point,), (vector,))[1]
+    players, losses = normalize_players(point), field()
+    if len(losses) != len(players):
+        raise ValueError(f"{len(losses)} losses for {len(players)} players {list(players)}")
+    if isinstance(losses, Mapping) and set(losses) != set(players):
+        raise KeyError(f"losses of {sorted(losses)}, the players are {sorted(players)}")
+    weights: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for index, (name, optimizers) in enumerate(players.items()):
+        loss = losses[name] if isinstance(losses, Mapping) else losses[index]
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            own = [tensor for tensor in group["params"] if tensor.requires_grad]
+            sign = -1 if group.get("maximize") else 1
+            weights += own
+            gradients += [sign * part for part in _flat(loss, own, create_graph=True)]
+    joint = torch.cat(gradients)
+
+    def product(vector: Tensor) -> Tensor:
+        if not joint.requires_grad:  # all losses are linear
+            return torch.zeros_like(vector)
+        return torch.cat(_flat(joint, weights, vector))
+
+    return joint.detach(), product
+
+
+def _flat(
+    output: Tensor, inputs: list[Tensor], vector: Tensor | None = None, create_graph: bool = False
+) -> list[Tensor]:
+    """Return the flattened gradients of an output, zeros where it does not depend on an input."""
+    found = torch.autograd.grad(
+        output,
+        inputs,
+        vector,
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return [gradient.flatten() for gradient in found]

@@ -32,6 +32,10 @@ class _Average:
             result |= {n: b for n, b in self.module.named_buffers() if b.is_floating_point()}
         return {name: tensor.detach() for name, tensor in result.items()}
 
+    def __repr__(self) -> str:
+        """Show the module's class and the number of updates."""
+        return f"{type(self).__name__}({type(self.module).__name__}, updates={self.updates})"
+
     def _weight(self) -> float:
         """Return the weight of the next iterate in the average."""
         raise AssertionError("an average defines its weights")  # pragma: no cover
@@ -41,6 +45,8 @@ class _Average:
         """Take the module's present weights into the average."""
         weight = self._weight()
         for name, tensor in self._tensors().items():
+            if self._values[name].device != tensor.device:  # the module moved
+                self._values[name] = self._values[name].to(tensor.device)
             value = self._values[name]
             tensors.local(value).lerp_(tensors.local(tensor).to(value.dtype), weight)
         self.updates += 1
@@ -72,6 +78,9 @@ class _Average:
         live |= dict(self.module.named_buffers(remove_duplicate=False))
         result = {}
         for key, tensor in self.module.state_dict().items():
+            if not isinstance(tensor, Tensor):  # what a layer's get_extra_state returned
+                result[key] = tensor
+                continue
             source = self._values.get(names.get(id(live.get(key)), ""), tensor)
             result[key] = source.to(tensor.device, tensor.dtype, copy=True)
         return result

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lookahead_minmax.core import tensors
-from lookahead_minmax.core.players import Players, extrapolated, normalize_players, parameters_of
+from lookahead_minmax.core.players import (
+    Players,
+    extrapolated,
+    normalize_players,
+    parameters_of,
+    state_keepers,
+    stepping,
+)
 
 
 class ExtraGradient:
@@ -73,6 +80,20 @@ class ExtraGradient:
         self._stepped: set[str] = set()
         # For "separate": the state that is not in use, one for each optimizer.
         self._second: list[Any] = [defaultdict(dict) for _ in self._optimizers()]
+        state_keepers.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the attributes of the original."""
+        vars(self).update(state)
+        state_keepers.add(self)
+        for player in self._origin:
+            extrapolated.update(self.players[player])
+
+    def forget(self, optimizer: Optimizer) -> None:
+        """Drop the extrapolation's own state of an optimizer ("separate")."""
+        for index, own in enumerate(self._optimizers()):
+            if own is optimizer:
+                self._second[index] = defaultdict(dict)
 
     def _optimizers(self, player: str | None = None) -> list[Optimizer]:
         names = self.players if player is None else [player]
@@ -147,16 +168,22 @@ class ExtraGradient:
                     self._ahead[name] = [tensor.clone() for tensor in self._parameters(name)]
                 tensors.copy_all(self._parameters(name), self._origin.pop(name))
             self._stepped.add(name)
-        # The base steps below end the round, which an attached LookaheadMinmax wants to know.
-        done = self._stepped == set(self.players)
-        for name in names:
-            extrapolated.difference_update(self.players[name])
-        for name in names:
-            for optimizer in self.players[name]:
+        optimizers = [optimizer for name in names for optimizer in self.players[name]]
+        extrapolated.difference_update(optimizers)
+        # An attached LookaheadMinmax ends the round when the last of these has stepped, not the first.
+        endings: list[Callable[[], object]] = []
+        stepping.update(dict.fromkeys(optimizers, endings))
+        try:
+            for optimizer in optimizers:
                 optimizer.step()
-        if done:
+        finally:
+            for optimizer in optimizers:
+                stepping.pop(optimizer, None)
+        if self._stepped == set(self.players):
             self._stepped.clear()
             self._ahead.clear()
+        for end in endings:
+            end()
 
     @contextmanager
     def own_weights(self, player: str) -> Iterator[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,26 +12,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lookahead_minmax.core import tensors
-from lookahead_minmax.core.handle import Handle
+from lookahead_minmax.core.handle import Callbacks, Handle
 from lookahead_minmax.core.players import (
     Players,
     check_parameters,
+    describe,
     extrapolated,
     modules_of,
     normalize_players,
     select_players,
+    stepping,
 )
 from lookahead_minmax.core.policies import (
+    OPTIONS,
+    ROLLBACK,
+    VERSION,
     BufferPolicy,
     NonfinitePolicy,
     SlowInit,
     StatePolicy,
     check_policies,
+    check_saved,
 )
 from lookahead_minmax.core.schedule import KSampler, Schedule
 from lookahead_minmax.core.slow import SlowCopies, backup
-
-VERSION = 1
 
 
 class LookaheadMinmax:
@@ -46,8 +49,8 @@ class LookaheadMinmax:
 
     Args:
         players: an optimizer, a sequence (one player each) or a mapping {name: optimizer or several}.
-        k: rounds between synchronisations; a sequence nests levels (Section 2.4 of the guide), each a
-            larger multiple of the one below; a `KSampler` draws the next period after each
+        k: rounds between synchronisations; a sequence nests levels, each a larger
+            multiple of the one below; a `KSampler` draws the next period after each
             synchronisation. Default 5, the paper's CIFAR-10 value for LA-AltGAN.
         alpha: step from the slow towards the fast weights, in (0, 1]; one number, one for each level, or
             a mapping with one for each player. Default 0.5, the paper's value. 1 is the base method.
@@ -127,10 +130,13 @@ class LookaheadMinmax:
         if buffers == "interpolate":
             for player, module in modules_of(self.players, modules).items():
                 self._slow.adopt_buffers(player, module)
-        self._moved = False
-        self._inside = False
+        self._begun = False  # whether the slow copies are those of a run under way
+        self._moved = self._inside = False
+        self._synced: list[int] | None = (
+            None  # the weights' versions after the last synchronisation
+        )
         self._clock: str | None = None
-        self._callbacks: dict[int, tuple[Callable[[], object], int]] = {}
+        self._callbacks = Callbacks()
         self._register()
 
     # -- configuration -------------------------------------------------------------------------
@@ -187,11 +193,16 @@ class LookaheadMinmax:
     def _before_base_step(self, *_: Any) -> None:
         if self._inside:
             raise RuntimeError("a base optimizer stepped inside slow_weights(): leave it to train")
-        self._slow.adopt()
-        self._moved = True
+        if self._begun:
+            self._slow.adopt()
+        else:  # attach() or a look at the slow weights came earlier; the weights may have changed since
+            self._slow.start_anew(buffers=False)
+        self._begun = self._moved = True
 
     def _after_base_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if optimizer not in extrapolated:
+        if optimizer in stepping:
+            stepping[optimizer].append(self._end_round)
+        elif optimizer not in extrapolated:
             self._end_round()
 
     def attach(self, player: str) -> Handle:
@@ -225,10 +236,8 @@ class LookaheadMinmax:
 
         `on_sync(ema.update)` makes the EMA of the slow weights.
         """
-        self._check_level(level)
-        key = max(self._callbacks, default=-1) + 1
-        self._callbacks[key] = (callback, level)
-        return Handle(partial(self._callbacks.__delitem__, key))
+        self._schedule.check_level(level)
+        return self._callbacks.add(callback, level)
 
     # -- rounds ------------------------------------------------------------------------------------
 
@@ -259,33 +268,25 @@ class LookaheadMinmax:
                 "the extrapolated point; finish the round first"
             )
         self._slow.adopt()
+        self._begun = self._moved = True
         self.rounds += 1
         self._schedule.tick()
-        reached = 0
-        for level in range(self.levels):
-            if self._schedule.is_due(level):
-                if not self._synchronize(level):
-                    return 0
-                reached = level + 1
-        self._notify(reached)
-        return reached
+        return self._synchronize_up_to(self._schedule.due())
 
     @torch.no_grad()
     def sync(self, level: int | None = None) -> None:
         """Step back now, whatever the counters say: levels 1 to `level` (None: all) in ascending order."""
-        self._check_level(self.levels if level is None else level)
+        self._schedule.check_level(self.levels if level is None else level)
         self._slow.adopt()
-        reached = 0
-        for index in range(self.levels if level is None else level):
-            if not self._synchronize(index):
-                return
-            reached = index + 1
-        self._notify(reached)
+        self._begun = True
+        self._synchronize_up_to(self.levels if level is None else level)
 
-    def _notify(self, reached: int) -> None:
-        for callback, level in list(self._callbacks.values()):
-            if reached >= level:
-                callback()
+    def _synchronize_up_to(self, reached: int) -> int:
+        for index in range(reached):
+            if not self._synchronize(index):
+                return 0
+        self._callbacks.call(reached)
+        return reached
 
     def _synchronize(self, level: int) -> bool:
         self._slow.check()
@@ -302,21 +303,20 @@ class LookaheadMinmax:
         elif self.state == "reset":
             self._slow.forget_state()
         self._schedule.finish(level)
-        self._moved = False
+        self._settle()
         return True
+
+    def _settle(self) -> None:
+        self._moved, self._synced = False, self._slow.versions()
 
     def _roll_back(self, label: str) -> None:
         self._slow.put(0)
         self._slow.forget_state()
-        self._schedule.since[0] = 0
-        self._moved = False
+        self._schedule.undo_period()
+        self._settle()
         self.rollbacks += 1
         if self.rollbacks == 1:
-            warnings.warn(
-                f"{label} is not finite: all players went back to their slow weights and their "
-                "optimizers' state was reset (further rollbacks are counted in `rollbacks`)",
-                stacklevel=4,
-            )
+            warnings.warn(ROLLBACK.format(label), stacklevel=5)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -324,13 +324,10 @@ class LookaheadMinmax:
         self._slow.start_anew()
         self.rounds = self.rollbacks = 0
         self._schedule.reset()
-        self._moved = False
+        self._begun = True
+        self._settle()
 
     # -- the slow weights ----------------------------------------------------------------------------
-
-    def _check_level(self, level: int) -> None:
-        if not 1 <= level <= self.levels:
-            raise ValueError(f"level must be in 1..{self.levels}, got {level}")
 
     @contextmanager
     def slow_weights(
@@ -350,13 +347,14 @@ class LookaheadMinmax:
         """
         if self._inside:
             raise RuntimeError("slow_weights() is entered already")
-        self._check_level(level)
+        self._schedule.check_level(level)
         names = select_players(self.players, players)
         with torch.no_grad():
             self._slow.adopt()
             self._slow.check()
             slots = self._slow.of(names)
-            held = backup(slots) if self._moved or level > 1 else None
+            moved = self._moved or self._synced != self._slow.versions()
+            held = backup(slots) if moved or level > 1 else None
             if held is not None:
                 self._slow.put(level - 1, names)
         self._inside = True
@@ -370,7 +368,7 @@ class LookaheadMinmax:
 
     def slow_parameters(self, player: str | None = None, level: int = 1) -> Iterator[Tensor]:
         """Yield the slow copies of a player's parameters (None: of all) in the optimizers' order."""
-        self._check_level(level)
+        self._schedule.check_level(level)
         names = select_players(self.players, player)
         self._slow.adopt()
         for slot in self._slow.slots:
@@ -384,31 +382,27 @@ class LookaheadMinmax:
         Tensors are detached copies in the weights' type, so that safetensors can write them; what no
         player owns is as it is in the module.
         """
-        self._check_level(level)
+        self._schedule.check_level(level)
         self._slow.adopt()
         return self._slow.module_state_dict(module, level - 1)
 
     # -- saving --------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as plain builtins and tensors.
 
         The base optimizers are saved by their own `state_dict`. Parameters are keyed by position.
         """
-        with torch.no_grad():
-            self._slow.adopt()
+        self._slow.adopt()
         return {
             "version": VERSION,
             **self._schedule.state_dict(),
             "rounds": self.rounds,
+            "begun": self._begun,
             "moved": self._moved,
             "rollbacks": self.rollbacks,
-            "options": {
-                "slow_init": self.slow_init,
-                "state": self.state,
-                "buffers": self.buffers,
-                "nonfinite": self.nonfinite,
-            },
+            "options": {key: getattr(self, key) for key in OPTIONS},
             "players": self._slow.state_dict(),
         }
 
@@ -423,8 +417,7 @@ class LookaheadMinmax:
         Raises:
             ValueError: something does not agree; the message lists it and the object is unchanged.
         """
-        if state_dict.get("version") != VERSION:
-            raise ValueError(f"version: saved {state_dict.get('version')!r}, here {VERSION}")
+        check_saved(state_dict)
         self._slow.adopt()
         problems = self._schedule.mismatches(state_dict)
         problems += self._slow.mismatches(state_dict["players"])
@@ -436,7 +429,8 @@ class LookaheadMinmax:
         self._slow.load_state_dict(state_dict["players"])
         self._schedule.load_state_dict(state_dict)
         self.rounds, self.rollbacks = state_dict["rounds"], state_dict["rollbacks"]
-        self._moved = state_dict["moved"]
+        self._begun, self._moved = state_dict.get("begun", True), state_dict["moved"]
+        self._synced = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the hooks, which are registered again on the copies of the optimizers."""
@@ -445,13 +439,10 @@ class LookaheadMinmax:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Register the hooks again; callbacks of `on_sync` are not copied."""
-        vars(self).update(state, _callbacks={})
+        vars(self).update(state, _callbacks=Callbacks())
         self._register()
 
     def __repr__(self) -> str:
         """Show the players and the numbers of Algorithm 1."""
-        players = ", ".join(
-            f"{name}: {'+'.join(type(o).__name__ for o in optimizers)}"
-            for name, optimizers in self.players.items()
-        )
-        return f"LookaheadMinmax({players}; k={self.k}, alpha={self.alpha}, rounds={self.rounds})"
+        numbers = f"k={self.k}, alpha={self.alpha}, rounds={self.rounds}"
+        return f"LookaheadMinmax({describe(self.players)}; {numbers})"

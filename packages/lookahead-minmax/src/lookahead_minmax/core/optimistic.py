@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lookahead_minmax.core.players import parameters_of
+from lookahead_minmax.core.players import parameters_of, state_keepers
 from lookahead_minmax.core.wrapper import OptimizerWrapper
 
 
@@ -22,7 +22,7 @@ class Optimistic(OptimizerWrapper):
         base: the optimizer that makes the updates.
         first: "repeat" takes :math:`u_0 = u_1`, so that the first step is the base's own; "zero" takes
             :math:`u_0 = 0`, a double first step (Gidel et al. 2019). A parameter that joins later starts
-            the same way.
+            the same way; one without a gradient does not move and keeps its last update.
 
     Raises:
         TypeError: `base` is not an optimizer.
@@ -48,6 +48,17 @@ class Optimistic(OptimizerWrapper):
         super().__init__(base)
         self.first = first
         self._previous: dict[Tensor, Tensor] = {}
+        state_keepers.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the attributes of the original."""
+        super().__setstate__(state)
+        state_keepers.add(self)
+
+    def forget(self, optimizer: Optimizer) -> None:
+        """Drop the previous update, if the optimizer is this one or its base."""
+        if optimizer is self or optimizer is self.base:
+            self._previous.clear()
 
     @torch.no_grad()
     def _before_step(self) -> list[tuple[Tensor, Tensor]]:
@@ -55,6 +66,8 @@ class Optimistic(OptimizerWrapper):
 
     def _after_step(self, before: list[tuple[Tensor, Tensor]]) -> None:
         for tensor, old in before:
+            if tensor.grad is None:  # the base left it alone, and so must we
+                continue
             update = old.sub_(tensor.detach())  # u_t
             previous = self._previous.get(tensor)
             if previous is not None:

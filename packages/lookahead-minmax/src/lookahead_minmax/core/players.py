@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
-from weakref import WeakSet
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,6 +15,21 @@ Players: TypeAlias = OptimizerOrSequence | Mapping[str, OptimizerOrSequence]
 
 # Optimizers that an ExtraGradient has moved to the extrapolated point and not yet brought back.
 extrapolated: WeakSet[Optimizer] = WeakSet()
+
+# Optimizers that an ExtraGradient steps together just now, with the calls that wait for the last of them.
+stepping: WeakKeyDictionary[Optimizer, list[Callable[[], object]]] = WeakKeyDictionary()
+
+
+class StateKeeper(Protocol):
+    """Holds state of an optimizer outside of `Optimizer.state`."""
+
+    def forget(self, optimizer: Optimizer) -> None:
+        """Drop what is held of this optimizer."""
+        ...
+
+
+# Every `Optimistic` and `ExtraGradient`, told when the state of an optimizer is reset.
+state_keepers: WeakSet[StateKeeper] = WeakSet()
 
 
 def normalize_players(players: Players) -> dict[str, list[Optimizer]]:
@@ -61,6 +77,14 @@ def normalize_players(players: Players) -> dict[str, list[Optimizer]]:
     return result
 
 
+def describe(players: Mapping[str, list[Optimizer]]) -> str:
+    """Return "name: optimizer's class" for every player."""
+    return ", ".join(
+        f"{name}: {'+'.join(type(optimizer).__name__ for optimizer in optimizers)}"
+        for name, optimizers in players.items()
+    )
+
+
 def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
     """Yield an optimizer's parameters in the order of its groups."""
     for group in optimizer.param_groups:
@@ -73,6 +97,24 @@ def names_of(optimizer: Optimizer) -> Iterator[str | None]:
         yield from group.get("param_names") or [None] * len(group["params"])
 
 
+def check_tensor(player: str, tensor: Tensor) -> None:
+    """Check that a parameter can be interpolated.
+
+    Raises:
+        ValueError: it is neither floating nor complex, or is sparse.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(
+            f"player {player!r} has a parameter of {tensor.dtype}: lookahead interpolates, "
+            "which needs floating or complex numbers"
+        )
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"player {player!r} has a sparse parameter ({tensor.layout}): lookahead needs dense "
+            "ones (their gradients may be sparse)"
+        )
+
+
 def check_parameters(
     players: Mapping[str, list[Optimizer]], alphas: Sequence[Mapping[str, float]]
 ) -> None:
@@ -83,16 +125,13 @@ def check_parameters(
         alphas: {name: factor} for every level.
 
     Raises:
-        ValueError: a parameter is neither floating nor complex, or has owners of different alpha.
+        ValueError: a parameter is neither floating nor complex, is sparse, or has owners of different
+            alpha.
     """
     owner: dict[int, str] = {}
     for player, optimizers in players.items():
         for tensor in (t for optimizer in optimizers for t in parameters_of(optimizer)):
-            if not (tensor.is_floating_point() or tensor.is_complex()):
-                raise ValueError(
-                    f"player {player!r} has a parameter of {tensor.dtype}: lookahead interpolates, "
-                    "which needs floating or complex numbers"
-                )
+            check_tensor(player, tensor)
             other = owner.setdefault(id(tensor), player)
             if any(row[other] != row[player] for row in alphas):
                 raise ValueError(

@@ -207,6 +207,20 @@ class Schedule:
         """Tell whether a level (0-based) has reached its period."""
         return self.since[level] >= self.periods[level]
 
+    def check_level(self, level: int) -> None:
+        """Refuse a level (1-based) that there is not."""
+        if not 1 <= level <= self.levels:
+            raise ValueError(f"level must be in 1..{self.levels}, got {level}")
+
+    def due(self) -> int:
+        """Return how many levels to synchronise: the highest that is due and all below it."""
+        return max((level + 1 for level in range(self.levels) if self.is_due(level)), default=0)
+
+    def undo_period(self) -> None:
+        """Take the rounds since the last synchronisation of level 1 out of every level's count."""
+        lost = self.since[0]
+        self.since = [since - lost for since in self.since]
+
     def finish(self, level: int) -> None:
         """Begin the next period of a level and of those below it."""
         self.started[level] = True

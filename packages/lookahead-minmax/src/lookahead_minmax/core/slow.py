@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lookahead_minmax.core import tensors
-from lookahead_minmax.core.players import names_of, parameters_of
+from lookahead_minmax.core.players import check_tensor, names_of, parameters_of, state_keepers
+
+# State that is no running mean of gradients and must keep its value: counters, NAdam's product of
+# momenta, step sizes of ASGD and Rprop.
+NOT_INTERPOLATED = frozenset({"step", "mu_product", "mu", "eta", "step_size"})
 
 
 @dataclass
@@ -43,7 +47,8 @@ class Slot:
 
     def label(self) -> str:
         """Name the tensor in a message."""
-        return f"parameter {self.name or tuple(self.shape)} of player {self.player!r}"
+        kind = "parameter" if isinstance(self.holder, Tensor) else "buffer"
+        return f"{kind} {self.name or tuple(self.shape)} of player {self.player!r}"
 
 
 class SlowCopies:
@@ -72,21 +77,22 @@ class SlowCopies:
         self.foreach = foreach
         self.slots: list[Slot] = []
         self.buffers: list[Slot] = []
-        self._known = 0
+        self._known: list[int] = []
 
     def adopt(self) -> None:
-        """Snapshot every tensor that has no slow copy yet; cheap when there is none."""
-        known = sum(
-            len(g["params"]) for opts in self.players.values() for o in opts for g in o.param_groups
-        )
+        """Snapshot every tensor that has no slow copy yet, drop those that no player owns any more."""
+        known = [id(t) for opts in self.players.values() for o in opts for t in parameters_of(o)]
         if known == self._known:
             return
+        owned = set(known)
+        self.slots = [slot for slot in self.slots if id(slot.tensor) in owned]
         slots = {id(slot.tensor): slot for slot in self.slots}
         for player, optimizers in self.players.items():
             for optimizer in optimizers:
                 for tensor, name in zip(parameters_of(optimizer), names_of(optimizer), strict=True):
                     slot = slots.get(id(tensor))
                     if slot is None:
+                        check_tensor(player, tensor)
                         slot = self._slot(player, name, tensor)
                         slots[id(tensor)] = slot
                         self.slots.append(slot)
@@ -94,12 +100,17 @@ class SlowCopies:
                         slot.owners.append(optimizer)
         self._known = known
 
-    def start_anew(self) -> None:
-        """Drop all copies and snapshot every tensor as it is now."""
+    def start_anew(self, *, buffers: bool = True) -> None:
+        """Drop all copies and snapshot every tensor as it is now, with or without the buffers."""
         self.slots.clear()
-        self._known = 0
-        self.buffers = [self._slot(slot.player, slot.name, slot.holder) for slot in self.buffers]
+        self._known = []
+        if buffers:
+            self.buffers = [self._slot(s.player, s.name, s.holder) for s in self.buffers]
         self.adopt()
+
+    def versions(self) -> list[int]:
+        """Return torch's modification counters of the live tensors."""
+        return [slot.tensor._version for slot in self.all()]
 
     def adopt_buffers(self, player: str, module: nn.Module) -> None:
         """Let the running statistics of a module's normalisation layers follow the weights."""
@@ -178,20 +189,23 @@ class SlowCopies:
         for slot in self.slots:
             for owner in slot.owners:
                 owner.state.pop(slot.tensor, None)
+        for optimizer in (o for optimizers in self.players.values() for o in optimizers):
+            for keeper in list(state_keepers):
+                keeper.forget(optimizer)
 
     def interpolate_state(self, alphas: Mapping[str, float]) -> None:
         """Interpolate every floating tensor of the base optimizers' state with its last value.
 
         A state that did not exist at the last synchronisation counts as zero, which is what torch's
-        optimizers start from. Step counters are left alone.
+        optimizers start from. Step counters and the like are left alone (`NOT_INTERPOLATED`).
         """
         for slot in self.slots:
             for number, owner in enumerate(slot.owners):
                 for key, value in owner.state.get(slot.tensor, {}).items():
                     if (
-                        key == "step"
+                        key in NOT_INTERPOLATED
                         or not isinstance(value, Tensor)
-                        or not value.is_floating_point()
+                        or not (value.is_floating_point() or value.is_complex())
                     ):
                         continue
                     name = f"{number}.{key}"
@@ -202,7 +216,7 @@ class SlowCopies:
 
     def first_nonfinite(self) -> Slot | None:
         """Return a slot whose live tensor has an infinite or NaN element."""
-        return next((s for s in self.slots if not tensors.all_finite(s.tensor.detach())), None)
+        return next((s for s in self.all() if not tensors.all_finite(s.tensor.detach())), None)
 
     def module_state_dict(self, module: nn.Module, level: int) -> dict[str, Tensor]:
         """Return `module.state_dict()` with the slow copies of a level (0-based) in it."""
@@ -211,6 +225,9 @@ class SlowCopies:
         live.update(module.named_buffers(remove_duplicate=False))
         result = {}
         for name, value in module.state_dict().items():
+            if not isinstance(value, Tensor):  # what a layer's get_extra_state returned
+                result[name] = value
+                continue
             source = slow.get(id(live.get(name)), value)
             result[name] = source.to(value.device, value.dtype, copy=True).contiguous()
         return result

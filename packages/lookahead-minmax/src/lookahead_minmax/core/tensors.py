@@ -28,7 +28,8 @@ def pull_back(
 
     One pass over each tensor on a CPU, where the second operation finds it in the cache; grouped
     (`torch._foreach_*`) on an accelerator, where launches cost more than traffic. The interpolation
-    happens in the slow copy's type; alpha = 1 leaves the fast weights as they are, bit for bit.
+    happens in the slow copy's type; alpha = 1 leaves the fast weights as they are, bit for bit,
+    unless the slow copies are of a shorter type.
 
     Args:
         fast: the live weights.

@@ -127,7 +127,8 @@ class OptimizerWrapper(Optimizer):
         return {
             key: value
             for key, value in vars(self).items()
-            if not key.startswith(("_optimizer_", "_zero_grad_profile_name"))
+            # "step": a scheduler counts calls by an attribute of that name, bound to this object.
+            if not key.startswith(("_optimizer_", "_zero_grad_profile_name")) and key != "step"
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -57,13 +57,17 @@ def _masks(game: Game, z: Tensor) -> list[Tensor]:
     return [(owner == player).to(z.dtype) for player in reversed(range(len(game.players)))]
 
 
-def _unrolled(game: Game, z: Tensor, field: Field, lr: float, unroll: int) -> Tensor:
-    """Return the field in which each player sees the others after `unroll` steps against itself."""
+def _unrolled(
+    game: Game, z: Tensor, field: Field, lr: float, unroll: int, only: int | None
+) -> Tensor:
+    """Return the field in which each player sees the others (or `only` one) after `unroll` steps."""
     result = torch.zeros_like(z)
-    for own in _masks(game, z):
+    masks = _masks(game, z)
+    moving = torch.ones_like(masks[0]) if only is None else masks[::-1][only]
+    for own in masks:
         point = z
-        for _ in range(unroll):
-            point = point - lr * (1 - own) * field(point)
+        for _ in range(unroll if bool((moving * (1 - own)).any()) else 0):
+            point = point - lr * moving * (1 - own) * field(point)
         result = result + own * field(point)
     return result
 
@@ -79,6 +83,7 @@ def run(
     starts: int = 1,
     batch_size: int | None = None,
     unroll: int = 6,
+    unroll_only: int | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     seed: int = 0,
 ) -> Trajectory:
@@ -97,6 +102,8 @@ def run(
         starts: number of random points.
         batch_size: components in a minibatch of a finite sum, drawn with replacement; None is the full sum.
         unroll: steps of the others for "unrolled".
+        unroll_only: the number of the only player that the others see unrolled, who itself steps plainly
+            (1 is the paper's Unroll-Y); None unrolls all (Unroll-XY).
         betas: Adam's.
         seed: of the start and of the minibatches.
 
@@ -114,6 +121,10 @@ def run(
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     if method == "svre" and batch_size is None:
         raise ValueError('"svre" reduces the variance of minibatches: give batch_size')
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if unroll_only is not None and not 0 <= unroll_only < len(game.players):
+        raise ValueError(f"unroll_only must be in 0..{len(game.players) - 1}, got {unroll_only}")
     if steps < 0 or lr <= 0 or starts < 1 or unroll < 1:
         raise ValueError(
             f"need steps >= 0, lr > 0, starts >= 1, unroll >= 1; got {steps}, {lr}, {starts}, {unroll}"
@@ -129,8 +140,14 @@ def run(
     if start is None:
         noise = torch.randn(starts, len(solution), generator=generator, dtype=solution.dtype)
         start = solution + noise
+    if start.ndim != 2 or start.shape[1] != len(solution) or start.dtype != solution.dtype:
+        raise ValueError(
+            f"start must be (starts, {len(solution)}) of {solution.dtype}, "
+            f"got {tuple(start.shape)} of {start.dtype}"
+        )
     z, count = start.clone(), game.players[0]
     size = batch_size or count
+    unrolled = len(game.players) if unroll_only is None else len(game.players) - 1
 
     def sample() -> Field:
         if batch_size is None:
@@ -150,8 +167,8 @@ def run(
         if method == "gda":
             z, cost = z - lr * field(z), one
         elif method == "alt":
-            for own in _masks(game, z):
-                z = z - lr * own * field(z)
+            for turn, own in enumerate(_masks(game, z)):  # each on a minibatch of its own
+                z = z - lr * own * (sample() if turn else field)(z)
             cost = one
         elif method == "eg":
             half = z - lr * field(z)
@@ -161,8 +178,8 @@ def run(
             z = z - 2 * lr * gradient + lr * (gradient if previous is None else previous)
             previous, cost = gradient, one
         elif method == "unrolled":
-            z = z - lr * _unrolled(game, z, field, lr, unroll)
-            cost = len(game.players) * (unroll + 1) * one
+            z = z - lr * _unrolled(game, z, field, lr, unroll, unroll_only)
+            cost = (len(game.players) + unroll * unrolled) * one
         elif method == "svre":
             cost = 4 * one
             if (round_number - 1) % max(1, count // size) == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lookahead_minmax import EMA, ExtraGradient, LookaheadMinmax
+from lookahead_minmax.gan.checkpoint import Checkpoint, Stateful
 from lookahead_minmax.gan.models import dcgan28, digits_pair, mlp, ring_pair
 from lookahead_minmax.gan.unrolled import unroll_adam
 from lookahead_minmax.metrics import feature_distance
@@ -62,6 +64,9 @@ class Recipe:
     seed: int = 0
 
 
+NUMBERS = ("rounds", "live", "ema", "ema_slow")
+
+
 @dataclass
 class Curve:
     """Fréchet distances over a run, one for each evaluation.
@@ -95,8 +100,7 @@ class Curve:
 
     def as_dict(self) -> dict[str, object]:
         """Return settings and numbers, ready for JSON."""
-        numbers = {"rounds": self.rounds, "live": self.live, "ema": self.ema}
-        return {"recipe": asdict(self.recipe), **numbers, "ema_slow": self.ema_slow}
+        return {"recipe": asdict(self.recipe), **{name: getattr(self, name) for name in NUMBERS}}
 
 
 def feature_extractor(
@@ -135,6 +139,9 @@ def train(
     images: Tensor,
     features: nn.Module,
     progress: Callable[[int, float], None] | None = None,
+    *,
+    checkpoint: Path | None = None,
+    resume: bool = False,
 ) -> Curve:
     """Train one GAN and return its curve.
 
@@ -143,10 +150,17 @@ def train(
         images: real images, (n, 64) for digits, (n, 2) for the ring, (n, 1, 28, 28) for MNIST, in [-1, 1].
         features: maps images to features for the Fréchet distance.
         progress: called with (rounds done, distance of the live generator).
+        checkpoint: a file that is written after every evaluation.
+        resume: go on from that file, bit for bit.
 
     Raises:
-        ValueError: base "unrolled" with another optimizer than Adam.
+        ValueError: base "unrolled" with another optimizer than Adam, a count is below 1, or the file is of a
+            run with other settings.
+        FileNotFoundError: there is nothing to resume.
     """
+    for name in ("rounds", "d_iters", "batch_size", "evaluations"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(recipe, name)}")
     if recipe.base == "unrolled" and recipe.optim != "adam":
         raise ValueError(f"base 'unrolled' differentiates Adam's steps; optim is {recipe.optim!r}")
     torch.manual_seed(recipe.seed)
@@ -223,9 +237,23 @@ def train(
         return result
 
     curve = Curve(recipe)
+    parts: dict[str, Stateful] = {
+        "G": generator,
+        "D": discriminator,
+        "opt_g": opt_g,
+        "opt_d": opt_d,
+    }
+    parts |= {"ema": ema, "ema_slow": ema_slow, "extra": extra}
+    if lookahead is not None:
+        parts["lookahead"] = lookahead
+    file = None if checkpoint is None else Checkpoint(checkpoint, asdict(recipe), parts, draws)
+    if resume and file is not None:
+        for name, numbers in file.load().items():
+            setattr(curve, name, numbers)
+    start = curve.rounds[-1] if curve.rounds else 0
     every = max(1, recipe.rounds // recipe.evaluations)
     play = extragradient_round if recipe.base == "extra" else alternating_round
-    for done in range(1, recipe.rounds + 1):
+    for done in range(start + 1, recipe.rounds + 1):
         play()
         if lookahead is not None:
             lookahead.step()
@@ -238,6 +266,8 @@ def train(
             if lookahead is not None:
                 with ema_slow.average():
                     curve.ema_slow.append(distance())
+            if file is not None:
+                file.save({name: getattr(curve, name) for name in NUMBERS})
             if progress is not None:
                 progress(done, curve.live[-1])
     with torch.no_grad():
