@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepemd.core.bounds import potentials_from_matching
+from deepemd.core.bounds import guarded, potentials_from_matching
 from deepemd.core.distance import cost_matrix
 from deepemd.core.model import MASKED, DeepEMD
 from deepemd.core.output import Solution
@@ -97,7 +97,9 @@ def with_bounds(x: Tensor, y: Tensor, found: Solution, p: int = 1, sweeps: int =
     """Attach the bounds and potentials that a bijection implies."""
     assert found.index is not None
     cost = cost_matrix(x, y, p)
-    lower, f, g = potentials_from_matching(cost, found.index, sweeps)
+    _, f, g = potentials_from_matching(cost, found.index, sweeps)
+    lower, f = guarded(f, g)
+    lower = torch.maximum(lower, torch.maximum(cost.amin(1).mean(1), cost.amin(2).mean(1)))
     upper = cost.gather(2, found.index.unsqueeze(2)).mean((1, 2))
     return found.replace(f=f, g=g, lower=torch.minimum(lower, upper), upper=upper)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from deepemd.core.bounds import guarded
 from deepemd.core.distance import cost_matrix, row_blocks
 from deepemd.core.output import Solution
 
@@ -68,15 +69,19 @@ class Costs:
         square = self.shape[1] == self.shape[2]
         g = -price if square else price.amin(1, keepdim=True) - price  # leftover objects: 0
         new_g = torch.full_like(g, torch.inf)
-        fs, matched = [], torch.zeros(len(which), dtype=g.dtype, device=g.device)
+        matched = torch.zeros(len(which), dtype=g.dtype, device=g.device)
+        fs, nearest = [], torch.zeros_like(matched)
         for part, cost in self.blocks(which):
             f = (cost - g.unsqueeze(1)).amin(2)
             new_g = torch.minimum(new_g, (cost - f.unsqueeze(2)).amin(1))
+            nearest += cost.amin(2).sum(1)
             matched += cost.gather(2, index[:, part].unsqueeze(2)).sum((1, 2))
             fs.append(f)
-        f = torch.cat(fs, 1)
         g = new_g if square else g
-        return matched / self.shape[1], (f.sum(1) + g.sum(1)) / self.shape[1], f, g
+        _, f = guarded(torch.cat(fs, 1), g)
+        upper, bound = (part / self.shape[1] for part in (matched, f.sum(1) + g.sum(1)))
+        bound = torch.maximum(bound, nearest / self.shape[1])
+        return upper, torch.minimum(bound, upper), f, g
 
 
 def _bids(costs: Costs, price: Tensor, b: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +125,9 @@ def solve_auction(
             phase from equal prices (``prices`` and ``scaling`` do not apply).
         p: exponent of the cost.
         eps: the target ε relative to the largest cost of the pair; None with ``rtol``.
-        rtol: stop after the phase whose certified gap is at most this.
+        rtol: stop after the phase whose certified gap is at most this. Without ``eps`` the flag
+            ``converged`` says so; a distance below about 1e-4 of the largest cost has no such bound in
+            float32.
         prices: (B, M) starting prices in cost units: minus the potentials of a network (default 0).
         scaling: factor of ε from phase to phase, over 1.
         eps_start: ε of the first phase relative to the largest cost (default 1/``scaling``).
@@ -221,6 +228,8 @@ def auction(
         left = (~done).nonzero().squeeze(1)
         _complete(mine, left, m)
         certify(left)
+    if eps is None and rtol is not None:  # the smallest step may not have been enough
+        done &= upper - lower <= rtol * upper
     inverse = torch.full((batch, m), -1, dtype=torch.long, device=device)
     inverse.scatter_(1, best_index, torch.arange(n, device=device).expand(batch, n))
     return Solution(best_index, inverse, None, best_f, best_g, lower, upper, rounds, done)
