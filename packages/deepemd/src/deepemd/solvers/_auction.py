@@ -121,8 +121,8 @@ def solve_auction(
     lower bound.
 
     Args:
-        x, y: (B, N, D) and (B, M, D). For N != M every point of the smaller cloud is matched, in one
-            phase from equal prices (``prices`` and ``scaling`` do not apply).
+        x, y: (B, N, D) and (B, M, D). For N != M every point of the smaller cloud is matched, from equal
+            prices (``prices`` do not apply), in one phase, or with ``rtol`` in phases that start anew.
         p: exponent of the cost.
         eps: the target ε relative to the largest cost of the pair; None with ``rtol``.
         rtol: stop after the phase whose certified gap is at most this. Without ``eps`` the flag
@@ -180,9 +180,9 @@ def auction(
     )
     price = torch.zeros(batch, m, dtype=dtype, device=device)
     step = target.clone()
-    if n == m:
+    if n == m or rtol is not None:
         step = torch.maximum((eps_start if eps_start is not None else 1 / scaling) * top, target)
-        if prices is not None:
+        if n == m and prices is not None:
             price = prices.to(dtype, copy=True)
     owner = torch.full((batch, m), -1, dtype=torch.long, device=device)
     mine = torch.full((batch, n), -1, dtype=torch.long, device=device)
@@ -219,6 +219,8 @@ def auction(
             again = ready[~met]
             step[again] = torch.maximum(step[again] / scaling, target[again])
             mine[again], owner[again] = -1, -1
+            if n < m:  # unsold objects must end at the common start
+                price[again] = 0
             continue
         if rounds >= max_iter:
             break
