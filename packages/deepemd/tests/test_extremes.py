@@ -245,3 +245,26 @@ def test_the_exact_solver_takes_unequal_clouds_and_workers() -> None:
     best = ot.emd2(np.full(10, 0.1), np.full(7, 1 / 7), costs(x[0], y[0], 1))
     assert float(solvers.exact(x, y).distance) == pytest.approx(best, rel=1e-5)
     assert float(deepemd.emd(x, y, method="exact", workers=None)) == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("deepemd", {"decode": "soft", "temperature": 0.0}),
+        ("deepemd", {"decode": "soft", "temperature": -1.0}),
+        ("deepemd", {"decode": "sinkhorn", "sinkhorn_iters": 0}),
+        ("sinkhorn", {"reg": float("nan")}),
+        ("auction", {"eps": float("nan")}),
+        ("auction", {"scaling": float("nan")}),
+        ("exact", {"decode": "argmin"}),
+    ],
+)
+def test_options_that_would_give_a_wrong_distance_are_refused(method: str, options) -> None:
+    x = torch.rand(1, 5, 3)
+    with pytest.raises(ValueError, match="must be"):
+        deepemd.emd(x, x + 1, method=method, **options)
+
+
+def test_p_may_be_a_float() -> None:
+    x = torch.zeros(1, 5, 3)
+    assert float(deepemd.emd(x, x + 2, p=2.0)) == 12.0

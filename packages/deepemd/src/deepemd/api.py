@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deepemd.core.checks import Clouds, check_clouds, check_prices, check_weights
+from deepemd.core.decode import DECODERS
 from deepemd.core.distance import working
 from deepemd.core.errors import NotConvergedError
 from deepemd.core.methods import (
@@ -104,7 +105,8 @@ def match(
     >>> out.distance.item(), out.index.tolist(), out.method
     (1.5, [0, 1], 'exact')
     """
-    _check_options(method, p, unequal, normalize, rtol, chunk_size)
+    _check_options(method, p, unequal, normalize, decode, rtol, chunk_size)
+    p = int(p)
     clouds = check_clouds(x, y, mask_x, mask_y, check_finite=check_finite)
     weight_a = check_weights("a", a, clouds.x, clouds.mask_x)
     weight_b = check_weights("b", b, clouds.y, clouds.mask_y)
@@ -171,10 +173,17 @@ def match(
 
 
 def _check_options(
-    method: str, p: int, unequal: str, normalize: str, rtol: float, chunk_size: int | None
+    method: str,
+    p: int,
+    unequal: str,
+    normalize: str,
+    decode: str,
+    rtol: float,
+    chunk_size: int | None,
 ) -> None:
     for name, value, allowed in (
         ("method", method, METHODS), ("unequal", unequal, UNEQUAL), ("normalize", normalize, MODES),
+        ("decode", decode, DECODERS),
     ):  # fmt: skip
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepemd.core import hub
 from deepemd.core.bounds import lower_bound, potentials_from_matching
-from deepemd.core.decode import DECODERS, STREAMED, decode_logits, decode_streamed
+from deepemd.core.decode import STREAMED, decode_logits, decode_streamed
 from deepemd.core.distance import cost_matrix, working
 from deepemd.core.groups import Group, solve_groups
 from deepemd.core.model import DeepEMD
@@ -142,8 +142,10 @@ def run_network(
     **options: Any,
 ) -> tuple[Solution, Tensor]:
     """Predict and decode. The network runs without gradient unless the weights are differentiated."""
-    if decode not in DECODERS:
-        raise ValueError(f"decode must be one of {', '.join(DECODERS)}, got {decode!r}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if options.get("sinkhorn_iters", 1) < 1:
+        raise ValueError(f"sinkhorn_iters must be at least 1, got {options['sinkhorn_iters']}")
     if differentiate_weights and decode not in ("soft", "sinkhorn"):
         raise ValueError(
             "differentiate_weights needs decode='soft' or 'sinkhorn': a matching has none"

@@ -138,11 +138,11 @@ def solve_auction(
     Returns:
         A :class:`~deepemd.core.output.Solution` with matching, potentials and both bounds.
     """
-    if scaling <= 1:
+    if not scaling > 1:
         raise ValueError(f"scaling must be over 1, got {scaling}")
     if eps is None and rtol is None:
         raise ValueError("give eps, rtol or both")
-    if eps is not None and eps <= 0:
+    if eps is not None and not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     if dense is None:
         dense = len(x) * x.shape[1] * y.shape[1] <= 1 << 26
@@ -163,11 +163,11 @@ def auction(
     max_iter: int = 100_000,
 ) -> Solution:
     """Run the auction of :func:`solve_auction` on any costs: coordinates or given matrices."""
-    if scaling <= 1:
+    if not scaling > 1:
         raise ValueError(f"scaling must be over 1, got {scaling}")
     if eps is None and rtol is None:
         raise ValueError("give eps, rtol or both")
-    if eps is not None and eps <= 0:
+    if eps is not None and not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     batch, n, m = costs.shape
     if n > m:

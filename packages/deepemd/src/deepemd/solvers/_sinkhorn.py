@@ -66,7 +66,7 @@ def solve_sinkhorn(
         lower bound of one hard c-transform, and the upper bound of the plan rounded to the polytope.
         ``converged`` says whether ``tol`` was met.
     """
-    if reg <= 0:
+    if not reg > 0:
         raise ValueError(f"reg must be positive, got {reg}")
     if not 0 < scaling < 1:
         raise ValueError(f"scaling must lie between 0 and 1, got {scaling}")
