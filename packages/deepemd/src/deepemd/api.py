@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepemd.core.checks import Clouds, check_clouds, check_weights
+from deepemd.core.checks import Clouds, check_clouds, check_prices, check_weights
+from deepemd.core.decode import DECODERS
 from deepemd.core.distance import working
 from deepemd.core.errors import NotConvergedError
-from deepemd.core.methods import METHODS, UNEQUAL, WEIGHTED, choose, run_classical, run_network
+from deepemd.core.methods import (
+    METHODS,
+    OPTIONS,
+    UNEQUAL,
+    WEIGHTED,
+    check_solver_options,
+    choose,
+    run_classical,
+    run_network,
+)  # fmt: skip
 from deepemd.core.model import DeepEMD
-from deepemd.core.normalize import MODES
+from deepemd.core.normalize import MODES, unit_of
 from deepemd.core.output import EMDOutput, Solution, is_bijection, sparse_plan
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -73,10 +85,10 @@ def match(
         strict: raise where the solver did not meet its certificate.
         check_finite: check every coordinate once per call.
         **solver_kw: options of the solver: ``backend``, ``workers``, ``warm_start``, ``with_potentials``
-            (exact), ``eps``, ``rtol``, ``prices``, ``scaling``, ``max_iter`` (auction), ``reg``,
-            ``n_iter``, ``anneal``, ``tol``, ``debias`` (sinkhorn), ``mean_of_two`` (chamfer), ``n_proj``,
-            ``seed``, ``generator`` (sliced), ``differentiate_weights``, ``temperature``, ``max_iter``,
-            ``workers`` (deepemd).
+            (exact), ``eps``, ``prices``, ``scaling``, ``max_iter`` (auction), ``reg``, ``n_iter``,
+            ``anneal``, ``tol``, ``debias`` (sinkhorn), ``mean_of_two`` (chamfer), ``n_proj``, ``seed``,
+            ``generator`` (sliced), ``total`` (approxmatch), ``differentiate_weights``,
+            ``temperature``, ``max_iter``, ``workers`` (deepemd).
 
     Returns:
         An :class:`~deepemd.EMDOutput`; without a batch dimension where the input had none.
@@ -93,9 +105,11 @@ def match(
     >>> out.distance.item(), out.index.tolist(), out.method
     (1.5, [0, 1], 'exact')
     """
-    _check_options(method, p, unequal, normalize, rtol, chunk_size)
+    _check_options(method, p, unequal, normalize, decode, rtol, chunk_size)
+    p = int(p)
     clouds = check_clouds(x, y, mask_x, mask_y, check_finite=check_finite)
-    weight_a, weight_b = check_weights("a", a, clouds.x), check_weights("b", b, clouds.y)
+    weight_a = check_weights("a", a, clouds.x, clouds.mask_x)
+    weight_b = check_weights("b", b, clouds.y, clouds.mask_y)
     kind = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     clouds = clouds._replace(x=_clean(clouds.x, clouds.mask_x), y=_clean(clouds.y, clouds.mask_y))
     n, m = _real(clouds.mask_x, clouds.x), _real(clouds.mask_y, clouds.y)
@@ -119,6 +133,15 @@ def match(
         )
     if differ and unequal == "partial" and method == "sinkhorn":
         raise ValueError("sinkhorn has no partial matching; use method='exact' or 'auction'")
+    check_solver_options(method, solver_kw)
+    unit = torch.ones_like(clouds.x[:, :1, :1])
+    absolute = method == "approxmatch" or not solver_kw.get("relative", True)
+    if not (absolute or (method == "deepemd" and normalize == "none")):
+        unit = unit_of(clouds.x, clouds.y)
+        clouds = clouds._replace(x=clouds.x / unit, y=clouds.y / unit)
+    if solver_kw.get("prices") is not None:
+        prices = check_prices(solver_kw["prices"], clouds.y)
+        solver_kw["prices"] = prices / unit[..., 0] ** p
     if method == "chamfer":
         solver_kw.setdefault("chunk_size", chunk_size)
     if method == "auction" and "eps" not in solver_kw:
@@ -134,9 +157,11 @@ def match(
             *clouds[:4], method=method, p=p, unequal=unequal, a=weight_a, b=weight_b,
             normalize=normalize, **solver_kw,
         )  # fmt: skip
-    out = _output(clouds, found, distance.to(kind), method, return_plan)
+    out = _output(clouds, found, distance, method, return_plan)
     if root and p == 2:
         out = _rooted(out)
+    out = _scaled(out, unit.view(-1), 1 if root else p, p)
+    out = replace(out, distance=out.distance.to(kind))
     if strict and not bool(out.converged.all()):
         gap = out.rel_gap
         told = "" if gap is None else f" (largest relative gap {float(gap.max()):.2g})"
@@ -148,10 +173,17 @@ def match(
 
 
 def _check_options(
-    method: str, p: int, unequal: str, normalize: str, rtol: float, chunk_size: int | None
+    method: str,
+    p: int,
+    unequal: str,
+    normalize: str,
+    decode: str,
+    rtol: float,
+    chunk_size: int | None,
 ) -> None:
     for name, value, allowed in (
         ("method", method, METHODS), ("unequal", unequal, UNEQUAL), ("normalize", normalize, MODES),
+        ("decode", decode, DECODERS),
     ):  # fmt: skip
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
@@ -204,6 +236,25 @@ def _rooted(out: EMDOutput) -> EMDOutput:
     lower = None if out.lower is None else _root(out.lower)
     upper = None if out.upper is None else _root(out.upper)
     return replace(out, distance=_root(out.distance), lower=lower, upper=upper)
+
+
+def _scaled(out: EMDOutput, unit: Tensor, times: int, p: int) -> EMDOutput:
+    """Take an output back to the units of the input; one factor at a time, as its square may overflow."""
+
+    def scale(value: Tensor, times: int) -> Tensor:
+        for _ in range(times):
+            value = value * unit.to(value.dtype).view(-1, *[1] * (value.ndim - 1))
+        return value
+
+    return replace(
+        out,
+        distance=scale(out.distance, times),
+        lower=None if out.lower is None else scale(out.lower, times),
+        upper=None if out.upper is None else scale(out.upper, times),
+        potentials=None if out.potentials is None else (
+            scale(out.potentials[0], p), scale(out.potentials[1], p)
+        ),
+    )  # fmt: skip
 
 
 def emd(x: Tensor, y: Tensor, **options: Any) -> Tensor:
@@ -261,6 +312,9 @@ class EMDLoss(nn.Module):
         super().__init__()
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        known = {*inspect.signature(match).parameters, *chain(*OPTIONS.values())} - {"solver_kw"}
+        if unknown := sorted(set(options) - known):
+            raise TypeError(f"no option {unknown[0]!r}; match() lists those that there are")
         if model is not None:
             options.setdefault("method", "deepemd")
         self.model = model

@@ -103,8 +103,10 @@ def _check_mask(name: str, mask: Any, cloud: Tensor) -> Tensor | None:
     return mask
 
 
-def check_weights(name: str, weight: Any, cloud: Tensor) -> Tensor | None:
-    """Check the weights of the points of a batched cloud; each row must be at least 0 and sum to 1."""
+def check_weights(
+    name: str, weight: Any, cloud: Tensor, mask: Tensor | None = None
+) -> Tensor | None:
+    """Check the weights of the points of a batched cloud: at least 0, and 1 in all on its real points."""
     if weight is None:
         return None
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -114,6 +116,8 @@ def check_weights(name: str, weight: Any, cloud: Tensor) -> Tensor | None:
         weight = weight.unsqueeze(0)
     if weight.shape != cloud.shape[:2]:
         raise ValueError(f"{name} must be {tuple(cloud.shape[:2])}, got {tuple(weight.shape)}")
+    if mask is not None:
+        weight = torch.where(mask, weight, torch.zeros_like(weight))
     totals = weight.detach().double().sum(1)
     if not bool(((totals - 1).abs() < 1e-3).all()) or not bool((weight >= 0).all()):
         raise ValueError(
@@ -122,3 +126,14 @@ def check_weights(name: str, weight: Any, cloud: Tensor) -> Tensor | None:
         )
     checked: Tensor = weight
     return checked
+
+
+def check_prices(prices: Any, cloud: Tensor) -> Tensor:
+    """Check the starting prices of the points of a batched cloud, and give them a batch dimension."""
+    if not isinstance(prices, Tensor) or not prices.is_floating_point():
+        kind = prices.dtype if isinstance(prices, Tensor) else type(prices).__name__
+        raise TypeError(f"prices must be a floating-point tensor, got {kind}")
+    checked: Tensor = prices.unsqueeze(0) if prices.ndim == 1 else prices
+    if checked.shape != cloud.shape[:2]:
+        raise ValueError(f"prices must be {tuple(cloud.shape[:2])}, got {tuple(prices.shape)}")
+    return checked.detach()

@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepemd.core.bounds import potentials_from_matching
+from deepemd.core.bounds import guarded, potentials_from_matching
 from deepemd.core.distance import cost_matrix
 from deepemd.core.model import MASKED, DeepEMD
 from deepemd.core.output import Solution
 from deepemd.solvers._auction import Costs, auction
-from deepemd.solvers._exact import assignment
+from deepemd.solvers._exact import assignment, solve_exact
+from deepemd.solvers._sinkhorn import round_plan
 
 DECODERS = ("argmax", "both", "soft", "sinkhorn", "round", "refine")
 STREAMED = ("argmax", "both")
+MAX_ROUNDS = (
+    20_000  # of an auction; at N = 1024 the worst clouds that were tried took about this many
+)
 _ENTRIES = 1 << 24
 
 
@@ -76,14 +80,16 @@ def sinkhorn_plan(logits: Tensor, n_iter: int = 10, temperature: float = 1.0) ->
     return log_plan.exp() / m if n else log_plan
 
 
-def round_scores(logits: Tensor, *, workers: int | None = None) -> Solution:
+def round_scores(
+    logits: Tensor, *, workers: int | None = None, max_iter: int = MAX_ROUNDS
+) -> Solution:
     """Return the matching of largest total score: exact on a CPU, by auction on an accelerator."""
     cost = logits.detach().log_softmax(2).neg()
     if cost.device.type == "cpu":
         index = assignment(cost.double(), workers=workers)
         done = torch.ones(len(cost), dtype=torch.bool, device=cost.device)
     else:
-        found = auction(Costs.of(cost), eps=1e-4)
+        found = auction(Costs.of(cost), eps=1e-4, max_iter=max_iter)
         assert found.index is not None
         assert found.converged is not None
         index, done = found.index, found.converged
@@ -97,7 +103,9 @@ def with_bounds(x: Tensor, y: Tensor, found: Solution, p: int = 1, sweeps: int =
     """Attach the bounds and potentials that a bijection implies."""
     assert found.index is not None
     cost = cost_matrix(x, y, p)
-    lower, f, g = potentials_from_matching(cost, found.index, sweeps)
+    _, f, g = potentials_from_matching(cost, found.index, sweeps)
+    lower, f = guarded(f, g)
+    lower = torch.maximum(lower, torch.maximum(cost.amin(1).mean(1), cost.amin(2).mean(1)))
     upper = cost.gather(2, found.index.unsqueeze(2)).mean((1, 2))
     return found.replace(f=f, g=g, lower=torch.minimum(lower, upper), upper=upper)
 
@@ -110,7 +118,7 @@ def refine(
     p: int = 1,
     rtol: float = 1e-2,
     sweeps: int = 16,
-    max_iter: int = 100_000,
+    max_iter: int = MAX_ROUNDS,
     exact: bool | None = None,
     workers: int | None = None,
 ) -> Solution:
@@ -126,7 +134,7 @@ def refine(
         p: exponent of the cost.
         rtol: the gap ``(upper - lower) / upper`` to reach.
         sweeps: see :func:`~deepemd.core.bounds.potentials_from_matching`.
-        max_iter: rounds of the auction.
+        max_iter: rounds of the auction; the best matching and bound until then are kept.
         exact: solve the rest exactly rather than by auction (default: on a CPU).
         workers: processes for that.
     """
@@ -170,6 +178,7 @@ def _merge(found: Solution, better: Solution, left: Tensor, rtol: float) -> Solu
     wins = better.lower >= found.lower[left]
     for name in ("f", "g", "lower"):
         merged[name] = _choose(getattr(found, name), getattr(better, name), left, wins)
+    merged["lower"] = torch.minimum(merged["lower"], merged["upper"])  # two sums of the same costs
     met = merged["upper"] - merged["lower"] <= rtol * merged["upper"]
     return found.replace(**merged, iterations=better.iterations, converged=met)
 
@@ -178,6 +187,35 @@ def _choose(old: Tensor, new: Tensor, where: Tensor, wins: Tensor) -> Tensor:
     out = old.clone()
     out[where[wins]] = new[wins]
     return out
+
+
+def _bounded_plan(x: Tensor, y: Tensor, found: Solution, p: int, rtol: float) -> Solution:
+    """Attach the bounds of a plan for uniform weights: rounded to them, and by nearest neighbours."""
+    assert found.plan is not None
+    cost = cost_matrix(x, y, p)
+    plan = found.plan.detach().to(cost.dtype)
+    a, b = (
+        torch.full_like(cost[:, :, 0], 1 / cost.shape[1]),
+        torch.full_like(cost[:, 0], 1 / cost.shape[2]),
+    )
+    upper = (round_plan(plan, a, b) * cost).sum((1, 2))
+    lower = torch.maximum(cost.amin(1).mean(1), cost.amin(2).mean(1))
+    lower = torch.minimum(lower, upper)
+    return found.replace(lower=lower, upper=upper, converged=upper - lower <= rtol * upper)
+
+
+def _partial(
+    x: Tensor, y: Tensor, p: int, rtol: float, max_iter: int, workers: int | None
+) -> Solution:
+    """Match the smaller cloud at least cost: exactly on a CPU, by auction on an accelerator."""
+    if x.device.type != "cpu":
+        return auction(Costs(x, y, p, dense=True), eps=None, rtol=rtol, max_iter=max_iter)
+    found = solve_exact(x, y, p=p, workers=workers)
+    assert found.index is not None
+    cost = cost_matrix(x, y, p).gather(2, found.index.clamp_min(0).unsqueeze(2)).squeeze(2)
+    matched = found.index >= 0
+    upper = torch.where(matched, cost, torch.zeros_like(cost)).sum(1) / matched.sum(1)
+    return found.replace(lower=upper, upper=upper)
 
 
 def decode_logits(
@@ -192,12 +230,14 @@ def decode_logits(
     sinkhorn_iters: int = 10,
     temperature: float = 1.0,
     workers: int | None = None,
-    max_iter: int = 100_000,
+    max_iter: int = MAX_ROUNDS,
 ) -> Solution:
     """Decode the logits (B, N, M) of pairs without padding; see :data:`DECODERS`.
 
-    For N != M a bijection does not exist: ``round`` and ``refine`` give the Sinkhorn plan, or with
-    ``partial`` the best matching of the smaller cloud.
+    For N != M a bijection does not exist. ``round`` gives the Sinkhorn plan, or with ``partial`` the
+    matching of largest score of the smaller cloud. ``refine`` gives the plan with its own bounds, and
+    ``converged`` only where these happen to be within ``rtol``: a plan is not improved. With ``partial``
+    it solves the pair for its costs, as potentials of one matching certify nothing there.
     """
     done = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if how == "soft":
@@ -205,8 +245,11 @@ def decode_logits(
     unequal = x.shape[1] != y.shape[1]
     if how == "sinkhorn" or (unequal and not partial):
         plan = sinkhorn_plan(logits, sinkhorn_iters, temperature)
-        return Solution(plan=plan, iterations=sinkhorn_iters, converged=done)
-    found = round_scores(logits, workers=workers)
+        found = Solution(plan=plan, iterations=sinkhorn_iters, converged=done)
+        return _bounded_plan(x, y, found, p, rtol) if how == "refine" else found
+    if unequal and how == "refine":
+        return _partial(x, y, p, rtol, max_iter, workers)
+    found = round_scores(logits, workers=workers, max_iter=max_iter)
     if unequal:
         return found
     if how == "round":

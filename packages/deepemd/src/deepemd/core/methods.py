@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepemd.core import hub
 from deepemd.core.bounds import lower_bound, potentials_from_matching
-from deepemd.core.decode import DECODERS, STREAMED, decode_logits, decode_streamed
+from deepemd.core.decode import STREAMED, decode_logits, decode_streamed
 from deepemd.core.distance import cost_matrix, working
 from deepemd.core.groups import Group, solve_groups
 from deepemd.core.model import DeepEMD
@@ -23,8 +23,33 @@ from deepemd.solvers._sinkhorn import solve_sinkhorn
 METHODS = ("auto", "deepemd", "exact", "auction", "sinkhorn", "chamfer", "sliced", "approxmatch")
 UNEQUAL = ("transport", "partial", "error")
 WEIGHTED = ("exact", "sinkhorn")
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "deepemd": (
+        "differentiate_weights", "temperature", "sinkhorn_iters", "max_iter", "workers",
+    ),
+    "exact": ("backend", "workers", "warm_start", "with_potentials"),
+    "auction": ("eps", "prices", "scaling", "eps_start", "max_iter", "dense"),
+    "sinkhorn": (
+        "reg", "relative", "n_iter", "anneal", "scaling", "tol", "value", "debias",
+    ),
+    "chamfer": ("mean_of_two",),
+    "sliced": ("n_proj", "seed", "generator"),
+    "approxmatch": ("total",),
+}  # fmt: skip
 EXACT_LIMIT = 2048
 BUNDLED = "tiny"
+
+
+def check_solver_options(method: str, given: dict[str, Any]) -> None:
+    """Raise where the solver does not have one of the options given."""
+    for name in given:
+        if name not in OPTIONS[method]:
+            has = [other for other, names in OPTIONS.items() if name in names]
+            hint = f"; it is one of method={' or '.join(map(repr, has))}" if has else ""
+            raise TypeError(
+                f"method={method!r} has no option {name!r}{hint}; its options are "
+                f"{', '.join(OPTIONS[method])}"
+            )
 
 
 def choose(
@@ -117,8 +142,10 @@ def run_network(
     **options: Any,
 ) -> tuple[Solution, Tensor]:
     """Predict and decode. The network runs without gradient unless the weights are differentiated."""
-    if decode not in DECODERS:
-        raise ValueError(f"decode must be one of {', '.join(DECODERS)}, got {decode!r}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if options.get("sinkhorn_iters", 1) < 1:
+        raise ValueError(f"sinkhorn_iters must be at least 1, got {options['sinkhorn_iters']}")
     if differentiate_weights and decode not in ("soft", "sinkhorn"):
         raise ValueError(
             "differentiate_weights needs decode='soft' or 'sinkhorn': a matching has none"
@@ -209,7 +236,7 @@ def run_classical(
             wb = None if b is None else b[group.items.unsqueeze(1), group.at_y]
         if method == "exact":
             if weighted or (differ and unequal == "transport"):
-                found = solve_transport(dx, dy, wa, wb, p=p, **options)
+                found = solve_transport(dx, dy, wa, wb, p=p, backend=options.get("backend", "auto"))
             else:
                 start = None
                 if warm_start is not None and not differ:
@@ -222,7 +249,10 @@ def run_classical(
                     f"{sub_y.shape[1]} points have none; use unequal='partial', or method='exact' or "
                     "'sinkhorn' for the transport plan"
                 )
-            found = solve_auction(dx, dy, p=p, **options)
+            own = dict(options)
+            if group is not None and own.get("prices") is not None:
+                own["prices"] = own["prices"][group.items.unsqueeze(1), group.at_y]
+            found = solve_auction(dx, dy, p=p, **own)
         elif method == "sinkhorn":
             return _sinkhorn(sub_x, sub_y, wa, wb, p, **options)
         elif method == "chamfer":

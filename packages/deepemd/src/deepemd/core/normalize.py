@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 MODES = ("pair", "rms", "none")
+
+
+def unit_of(*clouds: Tensor) -> Tensor:
+    """Return the power of two (B, 1, 1) to divide extreme clouds by, and 1 for all others.
+
+    The square of 1e-25 is 0 in float32, and that of 1e25 infinite: distances would be, too. Dividing by a
+    power of two is exact, and clouds whose largest coordinate lies within 2^-16 and 2^16 stay as they are.
+
+    >>> unit_of(torch.tensor([[[0.5, -3.0]]])).item(), unit_of(torch.full((1, 2, 3), 1e-25)).item()
+    (1.0, 1.0339757656912846e-25)
+    """
+    top = torch.stack([cloud.detach().abs().amax((1, 2)) for cloud in clouds]).amax(0)
+    limit = -math.log2(torch.finfo(top.dtype).tiny)
+    exponent = top.log2().round().clamp(-limit, limit)
+    extreme = top.isfinite() & (top > 0) & (exponent.abs() > 16)
+    return torch.where(extreme, exponent, 0).exp2().view(-1, 1, 1)
 
 
 def normalize_pair(
@@ -45,6 +63,8 @@ def normalize_pair(
     if mode == "none":
         scale = torch.ones_like(points[:, :1, :1])
     else:
+        unit = unit_of(points)
+        points = points / unit
         points = points - points.sum(1, keepdim=True) / count
         if keep is not None:
             points = torch.where(keep, points, torch.zeros_like(points))
@@ -55,4 +75,5 @@ def normalize_pair(
             scale = (3 * squared.sum(1, keepdim=True) / count).sqrt()
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         points = points / scale
+        scale = scale * unit
     return points[:, : x.shape[1]], points[:, x.shape[1] :], scale

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from deepemd.core.bounds import guarded
 from deepemd.core.distance import cost_matrix, row_blocks
 from deepemd.core.output import Solution
 
@@ -68,15 +69,19 @@ class Costs:
         square = self.shape[1] == self.shape[2]
         g = -price if square else price.amin(1, keepdim=True) - price  # leftover objects: 0
         new_g = torch.full_like(g, torch.inf)
-        fs, matched = [], torch.zeros(len(which), dtype=g.dtype, device=g.device)
+        matched = torch.zeros(len(which), dtype=g.dtype, device=g.device)
+        fs, nearest = [], torch.zeros_like(matched)
         for part, cost in self.blocks(which):
             f = (cost - g.unsqueeze(1)).amin(2)
             new_g = torch.minimum(new_g, (cost - f.unsqueeze(2)).amin(1))
+            nearest += cost.amin(2).sum(1)
             matched += cost.gather(2, index[:, part].unsqueeze(2)).sum((1, 2))
             fs.append(f)
-        f = torch.cat(fs, 1)
         g = new_g if square else g
-        return matched / self.shape[1], (f.sum(1) + g.sum(1)) / self.shape[1], f, g
+        _, f = guarded(torch.cat(fs, 1), g)
+        upper, bound = (part / self.shape[1] for part in (matched, f.sum(1) + g.sum(1)))
+        bound = torch.maximum(bound, nearest / self.shape[1])
+        return upper, torch.minimum(bound, upper), f, g
 
 
 def _bids(costs: Costs, price: Tensor, b: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,11 +121,13 @@ def solve_auction(
     lower bound.
 
     Args:
-        x, y: (B, N, D) and (B, M, D). For N != M every point of the smaller cloud is matched, in one
-            phase from equal prices (``prices`` and ``scaling`` do not apply).
+        x, y: (B, N, D) and (B, M, D). For N != M every point of the smaller cloud is matched, from equal
+            prices (``prices`` do not apply), in one phase, or with ``rtol`` in phases that start anew.
         p: exponent of the cost.
         eps: the target ε relative to the largest cost of the pair; None with ``rtol``.
-        rtol: stop after the phase whose certified gap is at most this.
+        rtol: stop after the phase whose certified gap is at most this. Without ``eps`` the flag
+            ``converged`` says so; a distance below about 1e-4 of the largest cost has no such bound in
+            float32.
         prices: (B, M) starting prices in cost units: minus the potentials of a network (default 0).
         scaling: factor of ε from phase to phase, over 1.
         eps_start: ε of the first phase relative to the largest cost (default 1/``scaling``).
@@ -131,11 +138,11 @@ def solve_auction(
     Returns:
         A :class:`~deepemd.core.output.Solution` with matching, potentials and both bounds.
     """
-    if scaling <= 1:
+    if not scaling > 1:
         raise ValueError(f"scaling must be over 1, got {scaling}")
     if eps is None and rtol is None:
         raise ValueError("give eps, rtol or both")
-    if eps is not None and eps <= 0:
+    if eps is not None and not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     if dense is None:
         dense = len(x) * x.shape[1] * y.shape[1] <= 1 << 26
@@ -156,11 +163,11 @@ def auction(
     max_iter: int = 100_000,
 ) -> Solution:
     """Run the auction of :func:`solve_auction` on any costs: coordinates or given matrices."""
-    if scaling <= 1:
+    if not scaling > 1:
         raise ValueError(f"scaling must be over 1, got {scaling}")
     if eps is None and rtol is None:
         raise ValueError("give eps, rtol or both")
-    if eps is not None and eps <= 0:
+    if eps is not None and not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     batch, n, m = costs.shape
     if n > m:
@@ -173,9 +180,9 @@ def auction(
     )
     price = torch.zeros(batch, m, dtype=dtype, device=device)
     step = target.clone()
-    if n == m:
+    if n == m or rtol is not None:
         step = torch.maximum((eps_start if eps_start is not None else 1 / scaling) * top, target)
-        if prices is not None:
+        if n == m and prices is not None:
             price = prices.to(dtype, copy=True)
     owner = torch.full((batch, m), -1, dtype=torch.long, device=device)
     mine = torch.full((batch, n), -1, dtype=torch.long, device=device)
@@ -212,6 +219,8 @@ def auction(
             again = ready[~met]
             step[again] = torch.maximum(step[again] / scaling, target[again])
             mine[again], owner[again] = -1, -1
+            if n < m:  # unsold objects must end at the common start
+                price[again] = 0
             continue
         if rounds >= max_iter:
             break
@@ -221,6 +230,8 @@ def auction(
         left = (~done).nonzero().squeeze(1)
         _complete(mine, left, m)
         certify(left)
+    if eps is None and rtol is not None:  # the smallest step may not have been enough
+        done &= upper - lower <= rtol * upper
     inverse = torch.full((batch, m), -1, dtype=torch.long, device=device)
     inverse.scatter_(1, best_index, torch.arange(n, device=device).expand(batch, n))
     return Solution(best_index, inverse, None, best_f, best_g, lower, upper, rounds, done)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from deepemd.core.bounds import guarded
 from deepemd.core.distance import cost_matrix
 from deepemd.core.output import Solution, plan_cost
 
@@ -65,7 +66,7 @@ def solve_sinkhorn(
         lower bound of one hard c-transform, and the upper bound of the plan rounded to the polytope.
         ``converged`` says whether ``tol`` was met.
     """
-    if reg <= 0:
+    if not reg > 0:
         raise ValueError(f"reg must be positive, got {reg}")
     if not 0 < scaling < 1:
         raise ValueError(f"scaling must lie between 0 and 1, got {scaling}")
@@ -97,7 +98,9 @@ def solve_sinkhorn(
     upper = (round_plan(plan, wa, wb) * cost).sum((1, 2))
     hard_f = (cost - g.unsqueeze(1)).amin(2)
     hard_g = (cost - hard_f.unsqueeze(2)).amin(1)
-    lower = (wa * hard_f).sum(1) + (wb * hard_g).sum(1)
+    _, hard_f = guarded(hard_f, hard_g)
+    lower = ((wa * hard_f).sum(1) + (wb * hard_g).sum(1)).clamp_min(0)
+    lower = torch.minimum(lower, upper)
     reported = None
     if value == "entropic":
         ratio = (f.unsqueeze(2) + g.unsqueeze(1) - cost) / eps.view(-1, 1, 1)
