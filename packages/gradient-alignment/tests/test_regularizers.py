@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import F64, make_net
+from conftest import F64, exact_hessians, make_net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -432,9 +432,48 @@ def test_other_objectives_and_targets(net, batch):
     assert energy(scalar, x).isfinite()
 
 
+def test_curvature_weighs_the_squared_diagonal(net, batch):
+    x, y = batch
+    diagonal = exact_hessians(lambda p: net(p)[:, 2], x[1:2]).diagonal(dim1=1, dim2=2)
+    low, high = (
+        ga.ScoreMatching(1.0, 0, objective="ksm", curvature=c)(net, x[1:2], y[1:2])
+        for c in (0.5, 3.5)
+    )
+    torch.testing.assert_close(high - low, 3 * diagonal.square().sum(), rtol=1e-10, atol=1e-12)
+
+
+def test_variance_reduction_of_the_denoising_objective(net, batch):
+    x, y = batch
+    sigma = 0.2
+    z = directions(x, 1, "gaussian", torch.Generator().manual_seed(3))[0]
+
+    def slope(points):
+        point = points.clone().requires_grad_()
+        return torch.autograd.grad(net(point)[torch.arange(4), y].sum(), point)[0]
+
+    noisy = slope(x + sigma * z)
+    expected = 0.5 * noisy.square().sum(1) + ((noisy - slope(x)) * z).sum(1) / sigma
+    regularizer = ga.ScoreMatching(
+        2.0,
+        0,
+        objective="dsm",
+        sigma=sigma,
+        variance_reduction=True,
+        generator=torch.Generator().manual_seed(3),
+    )
+    found = regularizer(net, x, y)
+    constant = 5 / (2 * sigma**2)
+    torch.testing.assert_close(found, 2 * (expected.mean() + constant), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: ga.ScoreMatching(0, 0, objective="ksm", curvature=math.nan),
+            "curvature must be finite",
+        ),
+        (lambda: ga.ScoreMatching(variance_reduction=True), "variance_reduction is for"),
         (lambda: ga.ScoreMatching(math.nan), "weight must be finite"),
         (lambda: ga.ScoreMatching(sigma=0), "sigma must be"),
         (lambda: ga.ScoreMatching(num_samples=0), "num_samples must be"),
