@@ -310,6 +310,48 @@ def test_dropout_draws_one_mask_for_clean_and_noisy_passes():
     assert torch.equal(torch.rand(1), following)  # the noisy passes leave the stream alone
 
 
+@pytest.mark.parametrize("make", [ga.ScoreMatching, ga.AntiScoreMatching])
+def test_logits_with_other_dropout_masks_are_refused(make, batch):
+    x, y = batch
+    net = nn.Sequential(nn.Linear(5, 50), nn.Dropout(0.5), nn.Linear(50, 3)).double()
+    point = x.clone().requires_grad_()
+    logits = net(point)
+    for estimator in ("taylor", "taylor-cv"):
+        with pytest.raises(ValueError, match="other dropout masks"):
+            make(estimator=estimator)(net, point, y, logits=logits)
+    # these make all their passes themselves, with one mask: for it the network is linear
+    for estimator in ("antithetic", "hutchinson"):
+        regularizer = make(estimator=estimator, sigma=0.1)
+        regularizer(net, point, y, logits=logits)
+        assert abs(regularizer.terms["trace"]) < 1e-10
+    assert ga.GradientNorm()(net, point, y, logits=logits).isfinite()
+
+
+@pytest.mark.parametrize("estimator", ["taylor", "taylor-cv", "exact"])
+def test_validation_without_gradients_gives_the_same_loss(estimator, batch):
+    x, y = batch
+    net = make_net()
+
+    def loss():
+        generator = torch.Generator().manual_seed(5)
+        score = ga.ScoreMatching(estimator=estimator, generator=generator)
+        return ga.RegularizedLoss(net, score, ga.GradientNorm(of="logsumexp"))(x, y)
+
+    with torch.no_grad():
+        found = loss()
+    assert not found.requires_grad
+    torch.testing.assert_close(found, loss().detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_two_regularizers_of_a_kind_keep_their_terms(net, batch):
+    x, y = batch
+    loss_fn = ga.RegularizedLoss(net, ga.GradientNorm(), ga.GradientNorm(of="loss"))
+    loss_fn(x, y)
+    for label, of in (("GradientNorm", "logit"), ("GradientNorm2", "loss")):
+        size = 0.5 * ga.input_gradient(net, x, y, of).square().sum(1).mean()
+        torch.testing.assert_close(loss_fn.terms[f"{label}.gradient"], size)
+
+
 def test_no_graph_is_left_over_many_steps():
     net = make_net()
     x, y = torch.randn(4, 5, dtype=F64), torch.tensor([0, 2, 1, 2])

@@ -59,6 +59,10 @@ class Regularizer(nn.Module):
             x: (B, ...); it need not require a gradient, and its `.grad` is left alone.
             y: (B,) class indices.
             logits: of x, if they were computed from an x that requires a gradient; saves a pass.
+
+        Raises:
+            ValueError: labels or logits that do not fit; logits of a pass with dropout, where an estimator compares
+                them with its own passes.
         """
         return self.evaluate(SharedPass(model, x, y, bn=self.bn, logits=logits))
 
@@ -124,6 +128,10 @@ class _Traced(Regularizer):
                 allow_low_precision=self.allow_low_precision,
             )
             return estimate
+        if shared.foreign_masks:
+            raise ValueError(
+                "logits of a pass that was not ours have other dropout masks than the noisy pass: leave them out"
+            )
         controlled = self.estimator == "taylor-cv"
         default: Distribution = "rademacher" if controlled else "gaussian"
         point = shared.x.detach()
