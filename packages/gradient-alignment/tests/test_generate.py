@@ -203,7 +203,20 @@ def test_a_classifier_is_its_own_best_judge_and_batches_do_not_matter():
     )
 
 
+def test_models_in_double_precision_are_sampled(net):
+    y = torch.tensor([0, 1, 2])
+    found = ga.sample(net, y, shape=(5,), steps=1, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    start = (0.5 + 0.2 * noise).clamp(0, 1)
+    point = start.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(net(point)[torch.arange(3), y].sum(), point)
+    expected = (start + 0.1 * (slope - 0.01 * (start - 0.5))).clamp(0, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
 def test_gan_test_needs_labels_or_their_number():
+    with pytest.raises(ValueError, match="labels is empty"):
+        ga.gan_test(linear(), linear(), labels=torch.tensor([], dtype=torch.long), shape=(4,))
     with pytest.raises(ValueError, match="pass labels or num_classes"):
         ga.gan_test(linear(), linear())
     with pytest.raises(ValueError, match="batch_size"):
