@@ -96,9 +96,11 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _fool(args: argparse.Namespace) -> int:
     import gradient_alignment as ga
+    from gradient_alignment.core.noise import check_count
     from gradient_alignment.recipes.evaluate import compare_fooled, drawn_pattern
     from gradient_alignment.recipes.train import load_checkpoint
 
+    check_count("images", args.images)
     model = load_checkpoint(Path(args.checkpoint))[0].double()
     data = _data(args)
     x, y = data.test_x[: args.images].double(), data.test_y[: args.images]
@@ -209,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 success, 2 bad usage or input."""
     args = _parser().parse_args(argv)
     try:
+        if args.out and not Path(args.out).resolve().parent.is_dir():
+            raise ValueError(f"--out: the folder of {args.out} does not exist")
         status: int = args.run(args)
         return status
     except (ValueError, TypeError, OSError, ImportError) as error:
