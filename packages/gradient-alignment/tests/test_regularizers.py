@@ -398,6 +398,20 @@ def test_autocast_changes_the_cross_entropy_only():
         assert torch.equal(single.terms[name], value)
 
 
+def test_one_sample_has_no_batch_statistics():
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Softplus(), nn.Linear(4, 3))
+    before = copy.deepcopy(net.state_dict())
+    x, y = torch.randn(1, 5), torch.tensor([0])
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        net(x)
+    net.load_state_dict(before)
+    with pytest.raises(ValueError, match="more than one value a channel"):
+        ga.RegularizedLoss(net, ga.ScoreMatching())(x, y)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    images = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+    assert ga.RegularizedLoss(images, ga.ScoreMatching())(torch.rand(1, 1, 2, 2), y).isfinite()
+
+
 def test_running_statistics_move_once_under_autocast():
     x, y = image_batch()
     net = normed().float()
