@@ -249,6 +249,18 @@ def test_density_ratio_of_a_linear_model_with_known_noise():
     torch.testing.assert_close(found[0], wanted.detach(), rtol=0, atol=1e-13)
 
 
+def test_density_ratio_is_not_rounded_by_autocast(net, batch):
+    x, y = batch
+    net, x = net.float(), x.float()
+
+    def ratio():
+        return ga.density_ratio(net, [(x, y)], [0.01], generator=torch.Generator().manual_seed(0))
+
+    expected = ratio()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ratio(), expected)
+
+
 def test_bad_arguments_of_density_ratio(net, batch):
     with pytest.raises(ValueError, match="the loader is empty"):
         ga.density_ratio(net, [], [0.1])
