@@ -203,6 +203,13 @@ def test_a_classifier_is_its_own_best_judge_and_batches_do_not_matter():
     )
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (1,), (3, 2, 2), (2, 5)])
+def test_verdicts_of_another_shape_are_refused(shape):
+    labels = torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=r"judge must return \(3, C\) logits or \(3,\) classes"):
+        ga.gan_test(linear().float(), lambda x: torch.zeros(shape), labels=labels, shape=(4,))
+
+
 def test_models_in_double_precision_are_sampled(net):
     y = torch.tensor([0, 1, 2])
     found = ga.sample(net, y, shape=(5,), steps=1, generator=torch.Generator().manual_seed(2))

@@ -139,7 +139,7 @@ def gan_test(
     Args:
         model: the classifier that is tested.
         judge: maps samples (N, ...) to logits (N, C) or to class indices (N,), as tensor or array, so that
-            scikit-learn's `predict` fits.
+            scikit-learn's `predict` fits (for images behind a function that flattens them).
         num_samples: used where `labels` is None: classes in turn.
         labels: (N,) the classes to sample, e.g. those of a test set.
         num_classes: C; None takes the largest label plus one, and is not allowed without labels.
@@ -147,7 +147,7 @@ def gan_test(
         **sample_arguments: of `sample`; `shape` above all.
 
     Raises:
-        ValueError: neither labels nor num_classes, no labels; what `sample` raises.
+        ValueError: neither labels nor num_classes, no labels, verdicts of another shape; what `sample` raises.
     """
     check_count("batch_size", batch_size)
     if labels is None:
@@ -168,6 +168,11 @@ def gan_test(
     samples = torch.cat(made)
     with torch.no_grad(), evaluation_mode(judge):
         verdict = torch.as_tensor(judge(samples))
+    classes = verdict.ndim == 2 and verdict.shape[1] > 1
+    if len(verdict) != len(labels) or not (classes or verdict.ndim == 1):
+        raise ValueError(
+            f"judge must return ({len(labels)}, C) logits or ({len(labels)},) classes, got {tuple(verdict.shape)}"
+        )
     predicted = verdict.argmax(1) if verdict.ndim == 2 else verdict
     right = (predicted.to(labels.device) == labels).double()
     count = num_classes or int(labels.max()) + 1
