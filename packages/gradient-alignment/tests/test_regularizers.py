@@ -570,6 +570,14 @@ def test_bad_labels(y, message, net, batch):
         ga.GradientNorm()(net, batch[0], y)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("of", ["label", "loss"])
+def test_labels_of_any_integer_type(dtype, of, net, batch):
+    x, y = batch
+    found = ga.GradientNorm(of=of)(net, x, y.to(dtype))
+    assert torch.equal(found, ga.GradientNorm(of=of)(net, x, y))
+
+
 def test_bad_outputs_and_inputs(net, batch):
     x, y = batch
     with pytest.raises(ValueError, match=r"must return \(B, C\) logits, got \(4,\)"):
