@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from gradient_alignment.cli import main
+from gradient_alignment.recipes.models import make
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,19 @@ def test_estimators_are_listed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("\t")[:3] == ["method", "distribution", "sigma"]
     assert len(lines) == 12
+
+
+@pytest.mark.parametrize("command", ["evaluate", "fool"])
+def test_networks_for_other_images_are_told_in_one_line(command, capsys, tmp_path: Path):
+    network = make("small-cnn", 10, (1, 12, 12))
+    saved = {"state": network.state_dict(), "config": {"model": "small-cnn"}}
+    path = tmp_path / "net.pt"
+    torch.save({**saved, "num_classes": 10, "shape": [1, 12, 12]}, path)
+    assert main([command, str(path)]) == 2
+    found = capsys.readouterr().err.splitlines()
+    assert found[-1].endswith(
+        "was trained on images (1, 12, 12) of 10 classes, the data set has (1, 8, 8) of 10"
+    )
 
 
 @pytest.mark.parametrize(
