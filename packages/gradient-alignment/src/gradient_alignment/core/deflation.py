@@ -74,9 +74,11 @@ def xtrace(product: Products, noise: Tensor) -> tuple[Tensor, Tensor]:
     image = product(noise)
     omega, y = _columns(noise), _columns(image)
     with torch.no_grad():
-        # by singular values, since of dependent columns (equal directions, H of low rank) a QR decomposition
+        # by singular values: of dependent columns (equal directions, H of low rank) the QR decomposition alone
         # makes arbitrary directions, which depend on the one that is left out
-        basis, lengths, mix = torch.linalg.svd(y.detach(), full_matrices=False)
+        orthonormal, triangle = torch.linalg.qr(y.detach())
+        rotation, lengths, mix = torch.linalg.svd(triangle)
+        basis = orthonormal @ rotation
         accuracy = torch.finfo(y.dtype).eps ** 0.5
         kept = lengths > accuracy * lengths[:, :1]
         basis = basis * kept.unsqueeze(1)
