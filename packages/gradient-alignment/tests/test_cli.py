@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from gradient_alignment.cli import main
+from gradient_alignment.recipes.models import make
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,19 @@ def test_estimators_are_listed(capsys):
     assert len(lines) == 12
 
 
+@pytest.mark.parametrize("command", ["evaluate", "fool"])
+def test_networks_for_other_images_are_told_in_one_line(command, capsys, tmp_path: Path):
+    network = make("small-cnn", 10, (1, 12, 12))
+    saved = {"state": network.state_dict(), "config": {"model": "small-cnn"}}
+    path = tmp_path / "net.pt"
+    torch.save({**saved, "num_classes": 10, "shape": [1, 12, 12]}, path)
+    assert main([command, str(path)]) == 2
+    found = capsys.readouterr().err.splitlines()
+    assert found[-1].endswith(
+        "was trained on images (1, 12, 12) of 10 classes, the data set has (1, 8, 8) of 10"
+    )
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -81,6 +96,13 @@ def test_estimators_are_listed(capsys):
         (["train", "--regularizer", "x"], "regularizer must be one of"),
         (["train", "--regularizer", "gradient-norm", "--sigma", "1"], "sigma"),
         (["train", "--regularizer", "score", "--sigma", "0"], "sigma must be a finite number"),
+        (["train", "--weight", "1"], "regularizer 'none' takes no weight"),
+        (["train", "--preset", "paper"], "regularizer 'none' takes no preset"),
+        (["train", "--out", "absent/net.pt"], "the folder of absent/net.pt does not exist"),
+        (["fool", "absent.pt", "--images", "0"], "images must be an integer of at least 1"),
+        (["bench", "--draws", "1"], "draws must be at least 2"),
+        (["bench", "--repeats", "0"], "repeats must be an integer of at least 1"),
+        (["bench", "--images", "0"], "images must be an integer of at least 1"),
         (["evaluate", "absent.pt"], "No such file"),
         (["fool", "absent.pt"], "No such file"),
     ],

@@ -92,6 +92,59 @@ def test_high_frequency_fools_loss_gradients_at_a_bounded_change_of_the_loss(fre
     assert change.abs().max() >= 0.2 * amplitude * frequency
 
 
+def test_high_frequency_by_default_leaves_predictions():
+    net, (x, y) = make_net(), data()
+    fooled = ga.fool(net, torch.zeros(5, dtype=F64), kind="highfreq")
+    assert torch.equal(fooled(x).argmax(1), net(x).argmax(1))
+    losses = [F.cross_entropy(m(x), y, reduction="none") for m in (net, fooled)]
+    assert (losses[1] - losses[0]).abs().max() <= 2e-3
+
+
+class Quadratic(nn.Module):
+    """g(x) = ½ x'Px + q'x with a symmetric P."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.zeros(5, 5, dtype=F64))
+        self.q = nn.Parameter(torch.zeros(5, dtype=F64))
+
+    def forward(self, x):
+        return 0.5 * torch.einsum("bi,ij,bj->b", x, self.p + self.p.T, x) + x @ self.q
+
+
+def test_a_shift_is_fitted_to_maps_that_depend_on_the_input():
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(5, 3).double()
+    before = copy.deepcopy(model.state_dict())
+    s = torch.randn(5, 5, generator=generator, dtype=F64)
+    s, t = s + s.T, torch.randn(5, generator=generator, dtype=F64)
+    x = torch.randn(40, 5, generator=generator, dtype=F64)
+    y = torch.full((40,), 2)
+    g = Quadratic()
+    optimizer = torch.optim.SGD(g.parameters(), lr=0.05)
+    losses = ga.fit_shift(g, model, [(x, y)] * 1000, lambda x: x @ s + t, optimizer)
+    start = (x @ s + t - model.weight.detach()[2]).square().sum(1).mean()
+    assert losses[0] == pytest.approx(float(start), rel=1e-12)
+    # closed form: P is S, and q what the linear model lacks
+    torch.testing.assert_close((g.p + g.p.T).detach(), s, rtol=0, atol=1e-8)
+    torch.testing.assert_close(g.q.detach(), t - model.weight.detach()[2], rtol=0, atol=1e-8)
+    fooled = ga.ShiftedLogits(model, g)
+    new = torch.randn(4, 5, generator=generator, dtype=F64)
+    shown = ga.input_gradient(fooled, new, torch.full((4,), 2))
+    torch.testing.assert_close(shown, new @ s + t, rtol=0, atol=1e-7)
+    torch.testing.assert_close(fooled(new).softmax(1), model(new).softmax(1))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_fitted_shift_needs_fitting_shapes():
+    net, batch = make_net(), data()
+    with pytest.raises(ValueError, match=r"target must return \(6, 5\), got \(6,\)"):
+        ga.fit_shift(Quadratic(), net, [batch], lambda x: x[:, 0], None)
+    with pytest.raises(ValueError, match=r"g must return \(6,\), got \(6, 3\)"):
+        ga.fit_shift(net, net, [batch], lambda x: x, None)
+
+
 def test_g_may_return_a_column():
     net, (x, _) = make_net(), data()
     row = ga.ShiftedLogits(net, lambda x: x.sum(1))

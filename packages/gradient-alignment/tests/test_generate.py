@@ -203,7 +203,27 @@ def test_a_classifier_is_its_own_best_judge_and_batches_do_not_matter():
     )
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (1,), (3, 2, 2), (2, 5)])
+def test_verdicts_of_another_shape_are_refused(shape):
+    labels = torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=r"judge must return \(3, C\) logits or \(3,\) classes"):
+        ga.gan_test(linear().float(), lambda x: torch.zeros(shape), labels=labels, shape=(4,))
+
+
+def test_models_in_double_precision_are_sampled(net):
+    y = torch.tensor([0, 1, 2])
+    found = ga.sample(net, y, shape=(5,), steps=1, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    start = (0.5 + 0.2 * noise).clamp(0, 1)
+    point = start.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(net(point)[torch.arange(3), y].sum(), point)
+    expected = (start + 0.1 * (slope - 0.01 * (start - 0.5))).clamp(0, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
 def test_gan_test_needs_labels_or_their_number():
+    with pytest.raises(ValueError, match="labels is empty"):
+        ga.gan_test(linear(), linear(), labels=torch.tensor([], dtype=torch.long), shape=(4,))
     with pytest.raises(ValueError, match="pass labels or num_classes"):
         ga.gan_test(linear(), linear())
     with pytest.raises(ValueError, match="batch_size"):
@@ -234,6 +254,18 @@ def test_density_ratio_of_a_linear_model_with_known_noise():
     noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=F64)
     wanted = 0.5 * (model.weight[y] * noise).sum(1).mean()
     torch.testing.assert_close(found[0], wanted.detach(), rtol=0, atol=1e-13)
+
+
+def test_density_ratio_is_not_rounded_by_autocast(net, batch):
+    x, y = batch
+    net, x = net.float(), x.float()
+
+    def ratio():
+        return ga.density_ratio(net, [(x, y)], [0.01], generator=torch.Generator().manual_seed(0))
+
+    expected = ratio()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ratio(), expected)
 
 
 def test_bad_arguments_of_density_ratio(net, batch):

@@ -150,6 +150,10 @@ def test_denoising_recovers_the_smoothed_density():
         ({"objective": "dsm", "sigma": -1.0}, "sigma must be"),
         ({"objective": "ksm", "curvature": math.inf}, "curvature must be finite"),
         ({"objective": "ssm", "num_samples": 0}, "num_samples must be"),
+        ({"objective": "ssm", "method": "foo"}, "method must be one of"),
+        ({"objective": "ssm", "noise": torch.zeros(2, 3)}, r"noise must be \(K, 2, 3\)"),
+        ({"objective": "fd-ssm", "noise": torch.zeros(1, 1, 3)}, r"noise must be \(K, 2, 3\)"),
+        ({"objective": "dsm", "noise": torch.zeros(0, 2, 3)}, r"noise must be \(K, 2, 3\)"),
     ],
 )
 def test_bad_arguments(arguments, message):

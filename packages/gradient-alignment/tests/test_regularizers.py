@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import F64, make_net
+from conftest import F64, exact_hessians, make_net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -310,6 +310,48 @@ def test_dropout_draws_one_mask_for_clean_and_noisy_passes():
     assert torch.equal(torch.rand(1), following)  # the noisy passes leave the stream alone
 
 
+@pytest.mark.parametrize("make", [ga.ScoreMatching, ga.AntiScoreMatching])
+def test_logits_with_other_dropout_masks_are_refused(make, batch):
+    x, y = batch
+    net = nn.Sequential(nn.Linear(5, 50), nn.Dropout(0.5), nn.Linear(50, 3)).double()
+    point = x.clone().requires_grad_()
+    logits = net(point)
+    for estimator in ("taylor", "taylor-cv"):
+        with pytest.raises(ValueError, match="other dropout masks"):
+            make(estimator=estimator)(net, point, y, logits=logits)
+    # these make all their passes themselves, with one mask: for it the network is linear
+    for estimator in ("antithetic", "hutchinson"):
+        regularizer = make(estimator=estimator, sigma=0.1)
+        regularizer(net, point, y, logits=logits)
+        assert abs(regularizer.terms["trace"]) < 1e-10
+    assert ga.GradientNorm()(net, point, y, logits=logits).isfinite()
+
+
+@pytest.mark.parametrize("estimator", ["taylor", "taylor-cv", "exact"])
+def test_validation_without_gradients_gives_the_same_loss(estimator, batch):
+    x, y = batch
+    net = make_net()
+
+    def loss():
+        generator = torch.Generator().manual_seed(5)
+        score = ga.ScoreMatching(estimator=estimator, generator=generator)
+        return ga.RegularizedLoss(net, score, ga.GradientNorm(of="logsumexp"))(x, y)
+
+    with torch.no_grad():
+        found = loss()
+    assert not found.requires_grad
+    torch.testing.assert_close(found, loss().detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_two_regularizers_of_a_kind_keep_their_terms(net, batch):
+    x, y = batch
+    loss_fn = ga.RegularizedLoss(net, ga.GradientNorm(), ga.GradientNorm(of="loss"))
+    loss_fn(x, y)
+    for label, of in (("GradientNorm", "logit"), ("GradientNorm2", "loss")):
+        size = 0.5 * ga.input_gradient(net, x, y, of).square().sum(1).mean()
+        torch.testing.assert_close(loss_fn.terms[f"{label}.gradient"], size)
+
+
 def test_no_graph_is_left_over_many_steps():
     net = make_net()
     x, y = torch.randn(4, 5, dtype=F64), torch.tensor([0, 2, 1, 2])
@@ -354,6 +396,20 @@ def test_autocast_changes_the_cross_entropy_only():
     for name, value in plain.terms.items():
         assert torch.equal(mixed.terms[name], value)
         assert torch.equal(single.terms[name], value)
+
+
+def test_one_sample_has_no_batch_statistics():
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Softplus(), nn.Linear(4, 3))
+    before = copy.deepcopy(net.state_dict())
+    x, y = torch.randn(1, 5), torch.tensor([0])
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        net(x)
+    net.load_state_dict(before)
+    with pytest.raises(ValueError, match="more than one value a channel"):
+        ga.RegularizedLoss(net, ga.ScoreMatching())(x, y)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    images = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+    assert ga.RegularizedLoss(images, ga.ScoreMatching())(torch.rand(1, 1, 2, 2), y).isfinite()
 
 
 def test_running_statistics_move_once_under_autocast():
@@ -432,9 +488,48 @@ def test_other_objectives_and_targets(net, batch):
     assert energy(scalar, x).isfinite()
 
 
+def test_curvature_weighs_the_squared_diagonal(net, batch):
+    x, y = batch
+    diagonal = exact_hessians(lambda p: net(p)[:, 2], x[1:2]).diagonal(dim1=1, dim2=2)
+    low, high = (
+        ga.ScoreMatching(1.0, 0, objective="ksm", curvature=c)(net, x[1:2], y[1:2])
+        for c in (0.5, 3.5)
+    )
+    torch.testing.assert_close(high - low, 3 * diagonal.square().sum(), rtol=1e-10, atol=1e-12)
+
+
+def test_variance_reduction_of_the_denoising_objective(net, batch):
+    x, y = batch
+    sigma = 0.2
+    z = directions(x, 1, "gaussian", torch.Generator().manual_seed(3))[0]
+
+    def slope(points):
+        point = points.clone().requires_grad_()
+        return torch.autograd.grad(net(point)[torch.arange(4), y].sum(), point)[0]
+
+    noisy = slope(x + sigma * z)
+    expected = 0.5 * noisy.square().sum(1) + ((noisy - slope(x)) * z).sum(1) / sigma
+    regularizer = ga.ScoreMatching(
+        2.0,
+        0,
+        objective="dsm",
+        sigma=sigma,
+        variance_reduction=True,
+        generator=torch.Generator().manual_seed(3),
+    )
+    found = regularizer(net, x, y)
+    constant = 5 / (2 * sigma**2)
+    torch.testing.assert_close(found, 2 * (expected.mean() + constant), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: ga.ScoreMatching(0, 0, objective="ksm", curvature=math.nan),
+            "curvature must be finite",
+        ),
+        (lambda: ga.ScoreMatching(variance_reduction=True), "variance_reduction is for"),
         (lambda: ga.ScoreMatching(math.nan), "weight must be finite"),
         (lambda: ga.ScoreMatching(sigma=0), "sigma must be"),
         (lambda: ga.ScoreMatching(num_samples=0), "num_samples must be"),
@@ -473,6 +568,14 @@ def test_bad_arguments(make, message):
 def test_bad_labels(y, message, net, batch):
     with pytest.raises(ValueError, match=message):
         ga.GradientNorm()(net, batch[0], y)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("of", ["label", "loss"])
+def test_labels_of_any_integer_type(dtype, of, net, batch):
+    x, y = batch
+    found = ga.GradientNorm(of=of)(net, x, y.to(dtype))
+    assert torch.equal(found, ga.GradientNorm(of=of)(net, x, y))
 
 
 def test_bad_outputs_and_inputs(net, batch):

@@ -123,6 +123,35 @@ def test_functional_calls_are_replaced_in_the_traced_graph():
         torch.testing.assert_close(copied(x), softened(x), rtol=0, atol=0)
 
 
+class InPlace(nn.Module):
+    """ReLU as a statement: its result is read from the argument."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(3, 4), nn.Linear(4, 2), how
+
+    def forward(self, x):
+        x = self.a(x)
+        before = x * 2
+        if self.how == "method":
+            x.relu_()
+        elif self.how == "inplace":
+            F.relu(x, inplace=True)
+        else:
+            torch.relu_(x)
+        return self.b(x) + before[:, :2]
+
+
+@pytest.mark.parametrize("how", ["method", "inplace", "function"])
+def test_calls_that_overwrite_their_argument_are_replaced(how):
+    torch.manual_seed(0)
+    model = InPlace(how)
+    x = torch.randn(5, 3)
+    h = model.a(x)
+    expected = model.b(F.softplus(h, 5.0)) + 2 * h[:, :2]
+    torch.testing.assert_close(ga.soften(model, beta=5.0)(x), expected, rtol=0, atol=1e-6)
+
+
 def test_modes_of_traced_layers_stay():
     model = nn.Sequential(Functional(), nn.BatchNorm1d(2), nn.Dropout(0.5))
     model[1].eval()

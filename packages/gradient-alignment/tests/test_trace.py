@@ -239,6 +239,23 @@ def test_deflation_is_exact_on_low_rank_and_unbiased_beyond(method):
     assert abs(estimates.mean() - full.trace()) < 4 * error
 
 
+@pytest.mark.parametrize("rank", [3, 2])
+def test_xtrace_is_unbiased_where_directions_coincide(rank):
+    """The mean over all 512 triples of signs in three dimensions; in most of them two are equal or opposite."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(3, rank, generator=generator, dtype=F64)
+    h = root @ torch.diag(torch.tensor([1.0, -2.0, 3.0], dtype=F64)[:rank]) @ root.T
+
+    def fn(x):
+        return 0.5 * torch.einsum("bi,ij,bj->b", x, h, x)
+
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=F64)] * 9)
+    noise = signs.view(512, 3, 3).transpose(0, 1)
+    zeros = torch.zeros(512, 3, dtype=F64)
+    found = ga.hessian_trace(fn, zeros, method="xtrace", noise=noise, create_graph=False)
+    torch.testing.assert_close(found.mean(), h.trace(), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("method", ["hutch++", "xtrace"])
 def test_deflated_estimates_have_unbiased_parameter_gradients(method):
     """d/dt of tr(H) for H = A + t B is tr B; the estimates of many draws average to it."""

@@ -16,6 +16,7 @@ from gradient_alignment.generate.sampling import GanTest, gan_test, sample
 from gradient_alignment.interpret.fooling import (
     ShiftedLogits,
     ShiftInvariant,
+    fit_shift,
     fool,
     linear_shift,
     shift_invariant,
@@ -42,6 +43,7 @@ __all__ = [
     "alignment",
     "class_logit",
     "density_ratio",
+    "fit_shift",
     "fool",
     "gan_test",
     "hessian_diagonal",

@@ -28,6 +28,20 @@ def _data(args: argparse.Namespace) -> Any:
     return load(args.dataset, folder, args.seed)
 
 
+def _network(path: str, data: Any) -> Any:
+    """Return the network of a checkpoint, or raise ValueError where it takes other images or has other classes."""
+    from gradient_alignment.recipes.train import load_checkpoint
+
+    model, saved = load_checkpoint(Path(path))
+    own = (*saved["shape"], saved["num_classes"])
+    wanted = (*data.train_x.shape[1:], data.num_classes)
+    if own != wanted:
+        raise ValueError(
+            f"{path} was trained on images {own[:-1]} of {own[-1]} classes, the data set has {wanted[:-1]} of {wanted[-1]}"
+        )
+    return model
+
+
 def _train(args: argparse.Namespace) -> int:
     from gradient_alignment.recipes.train import CIFAR_SCHEDULE, Config, save, train
 
@@ -69,11 +83,10 @@ def _train(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from gradient_alignment.recipes.evaluate import evaluate, svm_judge
-    from gradient_alignment.recipes.train import load_checkpoint
 
-    model, _ = load_checkpoint(Path(args.checkpoint))
     data = _data(args)
-    judge = svm_judge(data) if args.judge == "svm" else load_checkpoint(Path(args.judge))[0]
+    model = _network(args.checkpoint, data)
+    judge = svm_judge(data) if args.judge == "svm" else _network(args.judge, data)
     _say(args, f"sampling {args.samples} images in {args.steps} steps")
     found = evaluate(
         model,
@@ -96,11 +109,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _fool(args: argparse.Namespace) -> int:
     import gradient_alignment as ga
+    from gradient_alignment.core.noise import check_count
     from gradient_alignment.recipes.evaluate import compare_fooled, drawn_pattern
-    from gradient_alignment.recipes.train import load_checkpoint
 
-    model = load_checkpoint(Path(args.checkpoint))[0].double()
+    check_count("images", args.images)
     data = _data(args)
+    model = _network(args.checkpoint, data).double()
     x, y = data.test_x[: args.images].double(), data.test_y[: args.images]
     pattern = drawn_pattern(tuple(x.shape[1:])).double()
     fooled = ga.fool(model, pattern, args.scale, args.kind)
@@ -209,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 success, 2 bad usage or input."""
     args = _parser().parse_args(argv)
     try:
+        if args.out and not Path(args.out).resolve().parent.is_dir():
+            raise ValueError(f"--out: the folder of {args.out} does not exist")
         status: int = args.run(args)
         return status
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -123,6 +123,14 @@ def _mentions_relu(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
+def _writes(node: fx.Node) -> bool:
+    """Tell whether a call of ReLU overwrites its argument."""
+    if node.target in (torch.relu_, F.relu_, "relu_"):
+        return True
+    inplace = node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace", False)
+    return bool(inplace)
+
+
 def _calls(model: nn.Module, beta: float, report: SoftenReport) -> nn.Module:
     classes = _mentions_relu(model)
     if not classes:
@@ -139,6 +147,7 @@ def _calls(model: nn.Module, beta: float, report: SoftenReport) -> nn.Module:
             stacklevel=4,
         )
         return model
+    order = {node: place for place, node in enumerate(graph.graph.nodes)}
     for node in list(graph.graph.nodes):
         if isinstance(node.type, str):  # a graph with unevaluated annotations cannot be pickled
             node.type = None
@@ -148,6 +157,12 @@ def _calls(model: nn.Module, beta: float, report: SoftenReport) -> nn.Module:
             argument = node.args[0] if node.args else node.kwargs["input"]
             with graph.graph.inserting_before(node):
                 smooth = graph.graph.call_function(F.softplus, (argument, beta))
+            if _writes(node):  # whoever reads the argument later reads the result
+
+                def later(user: fx.Node, place: int = order[node]) -> bool:
+                    return order.get(user, -1) > place
+
+                argument.replace_all_uses_with(smooth, later)
             node.replace_all_uses_with(smooth)
             graph.graph.erase_node(node)
         elif node.op in ("call_function", "call_method") and node.target in _KINKED_CALLS:

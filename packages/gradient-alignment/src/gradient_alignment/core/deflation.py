@@ -74,13 +74,20 @@ def xtrace(product: Products, noise: Tensor) -> tuple[Tensor, Tensor]:
     image = product(noise)
     omega, y = _columns(noise), _columns(image)
     with torch.no_grad():
-        basis, triangle = torch.linalg.qr(y.detach())
-        # column i is orthogonal to all columns of the triangle but the i-th: Q minus it spans the others
+        # by singular values: of dependent columns (equal directions, H of low rank) the QR decomposition alone
+        # makes arbitrary directions, which depend on the one that is left out
+        orthonormal, triangle = torch.linalg.qr(y.detach())
+        rotation, lengths, mix = torch.linalg.svd(triangle)
+        basis = orthonormal @ rotation
         accuracy = torch.finfo(y.dtype).eps ** 0.5
-        left_out = torch.linalg.pinv(triangle.mT, rtol=accuracy)
-        # where the others span column i as well (H of low rank), nothing is left out
+        kept = lengths > accuracy * lengths[:, :1]
+        basis = basis * kept.unsqueeze(1)
+        # in coordinates of the basis, column i is orthogonal to all columns of y but the i-th
+        left_out = torch.where(kept, 1 / lengths, 0).unsqueeze(2) * mix
+        # where the others span column i as well, nothing is left out
         eye = torch.eye(count, dtype=y.dtype, device=y.device)
-        needed = (triangle.mT @ left_out - eye).norm(dim=1, keepdim=True) < accuracy**0.5
+        span = mix.mT @ (kept.unsqueeze(2) * mix)
+        needed = (span - eye).norm(dim=1, keepdim=True) < accuracy**0.5
         length = left_out.norm(dim=1, keepdim=True)
         left_out = torch.where(needed, left_out / length, 0)
     z = _columns(product(_directions(basis, noise)))  # H Q

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -75,10 +76,13 @@ class RegularizedLoss(nn.Module):
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        """The parts of the last value, as "Regularizer.term"."""
-        return {
-            f"{type(regularizer).__name__}.{name}": value
-            for regularizer in self.regularizers
-            if isinstance(regularizer, Regularizer)
-            for name, value in regularizer.terms.items()
-        }
+        """The parts of the last value, as "Regularizer.term"; a second one of a kind is "Regularizer2"."""
+        seen: Counter[str] = Counter()
+        terms: dict[str, Tensor] = {}
+        for regularizer in self.regularizers:
+            assert isinstance(regularizer, Regularizer)
+            kind = type(regularizer).__name__
+            seen[kind] += 1
+            label = kind if seen[kind] == 1 else f"{kind}{seen[kind]}"
+            terms |= {f"{label}.{name}": value for name, value in regularizer.terms.items()}
+        return terms

@@ -121,6 +121,10 @@ class SharedNorms:
             self.closed = False
 
     def _normalise_and_keep(self, layer: _BatchNorm, x: Tensor) -> Tensor:
+        if layer.training and x.numel() == x.shape[1]:  # torch's own condition
+            raise ValueError(
+                f"batch normalisation in training needs more than one value a channel, got {tuple(x.shape)}"
+            )
         gated = _Gate.apply(x, self)  # type: ignore[no-untyped-call]
         dims = [0, *range(2, x.ndim)]
         mean, var = gated.mean(dims), gated.var(dims, correction=0)

@@ -62,6 +62,13 @@ def directions(
     return v
 
 
+def check_directions(noise: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless directions are (K, *x.shape) with at least one draw."""
+    if noise.shape[1:] != x.shape or not len(noise):
+        shape = ", ".join(map(str, x.shape))
+        raise ValueError(f"noise must be (K, {shape}), got {tuple(noise.shape)}")
+
+
 def require_floating(x: object) -> None:
     """Raise TypeError for integer inputs, which have no derivative."""
     if not isinstance(x, Tensor) or not x.is_floating_point():

@@ -12,6 +12,7 @@ from gradient_alignment.core.noise import (
     Distribution,
     check_choice,
     check_count,
+    check_directions,
     check_positive,
     directions,
     require_floating,
@@ -123,7 +124,10 @@ def score_matching_loss(
     check_count("num_samples", num_samples)
     if not math.isfinite(curvature):
         raise ValueError(f"curvature must be finite, got {curvature!r}")
+    check_choice("method", method, Method)
     require_floating(x)
+    if noise is not None:
+        check_directions(noise, x)
     x = x.detach()
     with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(create_graph):
         if objective == "esm":

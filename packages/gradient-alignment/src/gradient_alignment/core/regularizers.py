@@ -59,6 +59,10 @@ class Regularizer(nn.Module):
             x: (B, ...); it need not require a gradient, and its `.grad` is left alone.
             y: (B,) class indices.
             logits: of x, if they were computed from an x that requires a gradient; saves a pass.
+
+        Raises:
+            ValueError: labels or logits that do not fit; logits of a pass with dropout, where an estimator compares
+                them with its own passes.
         """
         return self.evaluate(SharedPass(model, x, y, bn=self.bn, logits=logits))
 
@@ -124,6 +128,10 @@ class _Traced(Regularizer):
                 allow_low_precision=self.allow_low_precision,
             )
             return estimate
+        if shared.foreign_masks:
+            raise ValueError(
+                "logits of a pass that was not ours have other dropout masks than the noisy pass: leave them out"
+            )
         controlled = self.estimator == "taylor-cv"
         default: Distribution = "rademacher" if controlled else "gaussian"
         point = shared.x.detach()
@@ -193,10 +201,13 @@ class ScoreMatching(_Traced):
         distribution: of the directions; None is "gaussian" for "taylor", else "rademacher".
         generator: source of the directions; its state is in the state dict.
         chunk: draws in one pass.
+        curvature: weight of the curvature penalty, of objective "ksm".
+        variance_reduction: of objective "dsm", see `score_matching_loss`.
         allow_low_precision: see `hessian_trace`.
 
     Raises:
-        ValueError: an unknown word, a number out of range, a stability term where there is no trace.
+        ValueError: an unknown word, a number out of range, a stability term where there is no trace,
+            `variance_reduction` for another objective than "dsm".
         RuntimeError: when called, for a compiled model with an estimator that needs its double backward, and
             for forward-mode estimators with bn="batch" and batch normalisation in training.
 
@@ -223,6 +234,8 @@ class ScoreMatching(_Traced):
         generator: torch.Generator | None = None,
         *,
         chunk: int | None = None,
+        curvature: float = 1e-3,
+        variance_reduction: bool = False,
         allow_low_precision: bool = False,
     ) -> None:
         super().__init__(
@@ -238,6 +251,10 @@ class ScoreMatching(_Traced):
             allow_low_precision,
         )
         check_choice("objective", objective, Objective)
+        if not math.isfinite(curvature):
+            raise ValueError(f"curvature must be finite, got {curvature!r}")
+        if variance_reduction and objective != "dsm":
+            raise ValueError(f"variance_reduction is for objective 'dsm', got {objective!r}")
         if not math.isfinite(stability):
             raise ValueError(f"stability must be finite, got {stability!r}")
         if stability and objective != "esm":
@@ -245,6 +262,7 @@ class ScoreMatching(_Traced):
                 f"objective {objective!r} has no separate estimate of the trace: pass stability=0"
             )
         self.stability, self.objective = stability, objective
+        self.curvature, self.variance_reduction = curvature, variance_reduction
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ScoreMatching:
@@ -274,6 +292,8 @@ class ScoreMatching(_Traced):
                 distribution=self.distribution,
                 generator=self.generator,
                 chunk=self._chunk(shared),
+                curvature=self.curvature,
+                variance_reduction=self.variance_reduction,
                 allow_low_precision=self.allow_low_precision,
             )
             self._note(objective=values.mean(), nonfinite=(~values.isfinite()).sum())

@@ -66,6 +66,7 @@ class SharedPass:
     ) -> None:
         require_floating(x)
         self.model, self.y, self.bn = model, y, bn
+        self.given = logits is not None
         module = model if isinstance(model, nn.Module) else None
         self._module = module
         self._norms: SharedNorms | None = None
@@ -87,7 +88,8 @@ class SharedPass:
             assert module is not None
             self._norms = SharedNorms(module)
         off = torch.autocast(x.device.type, enabled=False)
-        with off, self._norms.record(not again) if self._norms else self._frozen():
+        norms = self._norms.record(not again) if self._norms else self._frozen()
+        with torch.enable_grad(), off, norms:
             self.logits = model(self.x)
 
     def _frozen(self) -> Any:
@@ -99,7 +101,8 @@ class SharedPass:
         if of not in self._values:
             logits = self.logits
             wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-            value = pick(wide, self.y, of)
+            with torch.enable_grad():
+                value = pick(wide, self.y, of)
             if value.shape != self.x.shape[:1]:
                 raise ValueError(f"`of` must return ({len(self.x)},), got {tuple(value.shape)}")
             self._values[of] = value
@@ -115,7 +118,8 @@ class SharedPass:
         if of not in self._gradients:
             # the backward pass would run in half precision under autocast
             off = torch.autocast(self.x.device.type, enabled=False)
-            with off, self._norms.constant_statistics() if self._norms else nullcontext():
+            norms = self._norms.constant_statistics() if self._norms else nullcontext()
+            with torch.enable_grad(), off, norms:
                 (self._gradients[of],) = torch.autograd.grad(
                     self.value(of).sum(), self.x, create_graph=True
                 )
@@ -127,6 +131,11 @@ class SharedPass:
         if self._module is None:
             return True
         return not (self.moves_statistics or has_active_dropout(self._module))
+
+    @property
+    def foreign_masks(self) -> bool:
+        """Whether the clean pass was the caller's, with dropout masks that cannot be drawn again."""
+        return self.given and self._module is not None and has_active_dropout(self._module)
 
     @property
     def moves_statistics(self) -> bool:

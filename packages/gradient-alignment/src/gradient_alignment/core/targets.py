@@ -72,6 +72,7 @@ def pick(logits: Tensor, y: Tensor | None, of: Target = "label") -> Tensor:
         return logits.logsumexp(1)
     check_labels(logits, y)
     assert y is not None
+    y = y.long()
     if of == "label":
         return logits.gather(1, y.unsqueeze(1)).squeeze(1)
     loss = F.cross_entropy(logits, y, reduction="none")

@@ -18,6 +18,7 @@ from gradient_alignment.core.noise import (
     Distribution,
     check_choice,
     check_count,
+    check_directions,
     check_positive,
     directions,
     require_floating,
@@ -121,9 +122,8 @@ def hessian_trace(
         if noise is None:
             default: Distribution = "gaussian" if method == "taylor" else "rademacher"
             noise = directions(x, num_samples, distribution or default, generator)
-        elif noise.shape[1:] != x.shape or not len(noise):
-            shape = ", ".join(map(str, x.shape))
-            raise ValueError(f"noise must be (K, {shape}), got {tuple(noise.shape)}")
+        else:
+            check_directions(noise, x)
         if method == "exact":
             diagonal = hessian_diagonal(fn, x, chunk=chunk, create_graph=create_graph)
             mean = diagonal.flatten(1).sum(1)

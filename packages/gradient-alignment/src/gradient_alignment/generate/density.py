@@ -25,7 +25,8 @@ def density_ratio(
 ) -> Tensor:
     r"""Return the mean of :math:`\log p(x+\eta \mid y) - \log p(x \mid y)`, η ~ N(0, s²I), for every scale s (Section 5.1).
 
-    The difference of class logits; below 0 where noise is less likely than the data, as it should be.
+    The difference of class logits; below 0 where noise is less likely than the data, as it should be. Autocast is
+    switched off inside.
 
     Args:
         model: maps (B, ...) to logits (B, C); evaluated in evaluation mode.
@@ -46,15 +47,16 @@ def density_ratio(
     totals, count = torch.zeros(len(scales), dtype=torch.float64), 0
     with evaluation_mode(model):
         for x, y in loader:
-            clean = pick(model(x), y)
             count += len(x)
-            for index, scale in enumerate(scales):
-                for _ in range(num_noise):
-                    noise = torch.randn(
-                        x.shape, generator=generator, device=x.device, dtype=x.dtype
-                    )
-                    change = pick(model(x + scale * noise), y) - clean
-                    totals[index] += change.double().sum().cpu() / num_noise
+            with torch.autocast(x.device.type, enabled=False):
+                clean = pick(model(x), y).double()
+                for index, scale in enumerate(scales):
+                    for _ in range(num_noise):
+                        noise = torch.randn(
+                            x.shape, generator=generator, device=x.device, dtype=x.dtype
+                        )
+                        change = pick(model(x + scale * noise), y).double() - clean
+                        totals[index] += change.sum().cpu() / num_noise
     if not count:
         raise ValueError("the loader is empty")
     return totals / count

@@ -42,7 +42,7 @@ def sample(
         steps: 500 for the GAN-test, 1,000 for pictures (the authors' code).
         lr: η.
         weight_decay: w, the pull towards `center`.
-        init: "gaussian" starts at clip(N(center, 0.2²)), which needs `shape`; a tensor (B, ...) starts there,
+        init: "gaussian" starts at clip(N(center, 0.2²)), of the model's type, which needs `shape`; a tensor (B, ...) starts there,
             clipped.
         center: c.
         noise: temperature T.
@@ -80,7 +80,9 @@ def sample(
     elif init == "gaussian":
         if shape is None:
             raise ValueError("shape is needed, the shape of one image, e.g. shape=(3, 32, 32)")
-        start = torch.randn((len(y), *shape), generator=generator, device=y.device)
+        parameters = model.parameters() if isinstance(model, nn.Module) else ()
+        dtype = next((p.dtype for p in parameters if p.is_floating_point()), None)
+        start = torch.randn((len(y), *shape), generator=generator, device=y.device, dtype=dtype)
         x = center + 0.2 * start
     else:
         raise ValueError(f"init must be 'gaussian' or a tensor, got {init!r}")
@@ -137,7 +139,7 @@ def gan_test(
     Args:
         model: the classifier that is tested.
         judge: maps samples (N, ...) to logits (N, C) or to class indices (N,), as tensor or array, so that
-            scikit-learn's `predict` fits.
+            scikit-learn's `predict` fits (for images behind a function that flattens them).
         num_samples: used where `labels` is None: classes in turn.
         labels: (N,) the classes to sample, e.g. those of a test set.
         num_classes: C; None takes the largest label plus one, and is not allowed without labels.
@@ -145,7 +147,7 @@ def gan_test(
         **sample_arguments: of `sample`; `shape` above all.
 
     Raises:
-        ValueError: neither labels nor num_classes; what `sample` raises.
+        ValueError: neither labels nor num_classes, no labels, verdicts of another shape; what `sample` raises.
     """
     check_count("batch_size", batch_size)
     if labels is None:
@@ -155,6 +157,8 @@ def gan_test(
         labels = torch.arange(num_samples) % num_classes
         device = next(model.parameters()).device if isinstance(model, nn.Module) else None
         labels = labels.to(device)
+    if not len(labels):
+        raise ValueError("labels is empty")
     init = sample_arguments.pop("init", "gaussian")
     made = []
     for start in range(0, len(labels), batch_size):
@@ -164,6 +168,11 @@ def gan_test(
     samples = torch.cat(made)
     with torch.no_grad(), evaluation_mode(judge):
         verdict = torch.as_tensor(judge(samples))
+    classes = verdict.ndim == 2 and verdict.shape[1] > 1
+    if len(verdict) != len(labels) or not (classes or verdict.ndim == 1):
+        raise ValueError(
+            f"judge must return ({len(labels)}, C) logits or ({len(labels)},) classes, got {tuple(verdict.shape)}"
+        )
     predicted = verdict.argmax(1) if verdict.ndim == 2 else verdict
     right = (predicted.to(labels.device) == labels).double()
     count = num_classes or int(labels.max()) + 1

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradient_alignment.core.noise import check_choice, check_positive
-from gradient_alignment.interpret.saliency import Model
+from gradient_alignment.interpret.saliency import Model, input_gradient
 
 Kind = Literal["linear", "quadratic", "masked", "highfreq"]
 Invariance = Literal["mean", "logsumexp"]
@@ -126,7 +126,7 @@ class ShiftedLogits(nn.Module):
 def fool(
     model: nn.Module,
     target_map: Tensor,
-    scale: float = 100.0,
+    scale: float | None = None,
     kind: Kind = "linear",
     *,
     mask: Tensor | None = None,
@@ -134,12 +134,14 @@ def fool(
 ) -> ShiftedLogits:
     """Return a classifier with the same predictions whose logit gradients show a given map.
 
-    To train the deception into the network itself, see `train_fooled`.
+    For a map that depends on the input see `fit_shift`; to train the deception into the network itself,
+    `train_fooled`.
 
     Args:
         model: classifier.
         target_map: what the gradients shall show, the shape of one input.
-        scale: strength; large against the model's own gradients. For "highfreq" the amplitude of the sine.
+        scale: strength; large against the model's own gradients, default 100. For "highfreq" the amplitude of the
+            sine, by twice which losses may change; default 1e-3.
         kind: "linear" (the same map everywhere), "masked" (within `mask`), "quadratic" (the direction from the
             input to the map), or "highfreq" (loss gradients as well, approximately; the map is not used).
         mask: of "masked", the shape of the map.
@@ -149,6 +151,8 @@ def fool(
         ValueError: an unknown kind, a scale that is not positive, "masked" without a mask.
     """
     check_choice("kind", kind, Kind)
+    if scale is None:
+        scale = 1e-3 if kind == "highfreq" else 100.0
     check_positive("scale", scale)
     if (kind == "masked") != (mask is not None):
         raise ValueError("mask is for kind='masked', which needs it")
@@ -157,6 +161,58 @@ def fool(
     if kind == "quadratic":
         return ShiftedLogits(model, QuadraticShift(target_map, scale))
     return ShiftedLogits(model, LinearShift(target_map, scale, mask))
+
+
+def fit_shift(
+    g: nn.Module,
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    target: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> list[float]:
+    r"""Train a shift that depends on the input: minimise :math:`\|\nabla f_y + \nabla g - T(x)\|^2`.
+
+    `ShiftedLogits(model, g)` then predicts what the model predicts, with logit gradients near T(x) in so far as
+    T - ∇f_y is a gradient.
+
+    Args:
+        g: maps (B, ...) to (B,) or (B, 1), smooth; changed in place.
+        model: the classifier, evaluated in evaluation mode; left as it is.
+        batches: pairs (x, y), passed through once.
+        target: T, maps (B, ...) to the maps that the gradients shall show, of the same shape.
+        optimizer: of g's parameters.
+
+    Returns:
+        the mean squared distance at every step.
+
+    Raises:
+        ValueError: g or the target return another shape.
+
+    Example:
+        >>> import torch
+        >>> model, g = torch.nn.Linear(3, 2), torch.nn.Linear(3, 1)
+        >>> data = [(torch.randn(8, 3), torch.zeros(8, dtype=torch.long))] * 100
+        >>> losses = fit_shift(g, model, data, torch.ones_like, torch.optim.SGD(g.parameters(), lr=0.2))
+        >>> (g.weight + model.weight[0]).detach().round(decimals=3).tolist()
+        [[1.0, 1.0, 1.0]]
+    """
+    losses = []
+    for x, y in batches:
+        wanted = target(x.detach()).detach()
+        if wanted.shape != x.shape:
+            raise ValueError(f"target must return {tuple(x.shape)}, got {tuple(wanted.shape)}")
+        missing = wanted - input_gradient(model, x, y)
+        point = x.detach().requires_grad_()
+        shift = g(point)
+        if shift.shape not in ((len(x),), (len(x), 1)):
+            raise ValueError(f"g must return ({len(x)},), got {tuple(shift.shape)}")
+        (slope,) = torch.autograd.grad(shift.sum(), point, create_graph=True)
+        loss = (slope - missing).flatten(1).square().sum(1).mean()
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def train_fooled(

@@ -89,7 +89,7 @@ def pixel_perturbation(
         batch_size: images in one pass; None is 32 on the CPU, where small batches stay in the cache, else 512.
 
     Raises:
-        ValueError: fractions outside (0, 1], a saliency of another shape, an unknown word.
+        ValueError: fractions outside (0, 1], a saliency of another shape, labels that do not fit, an unknown word.
 
     Example:
         >>> import torch
@@ -106,6 +106,8 @@ def pixel_perturbation(
     require_floating(x)
     if not len(x):
         raise ValueError("x is empty")
+    if y.shape != (len(x),):
+        raise ValueError(f"y must have shape ({len(x)},), got {tuple(y.shape)}")
     spatial = x.shape[2:] if x.ndim > 2 else x.shape[1:]
     if saliency.shape != (len(x), *spatial):
         raise ValueError(
@@ -131,12 +133,13 @@ def pixel_perturbation(
             gone = rank[rows] < counts[step].to(x.device).unsqueeze(1)
             points = torch.where(gone.view(view), filled[rows], x[rows])
             logits, labels = model(points), y[rows]
+            chosen = pick(logits, labels)
             if metric == "accuracy":
                 values = (logits.argmax(1) == labels).double()
             elif metric == "prob":
                 values = pick(logits, labels, "logprob").exp().double()
             else:
-                values = pick(logits, labels).double()
+                values = chosen.double()
             sums.index_add_(0, step, values.cpu())
     means = sums / len(x)
     along = torch.argsort(steps)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradient_alignment.core.noise import Distribution
+from gradient_alignment.core.noise import Distribution, check_count
 from gradient_alignment.core.targets import class_logit
 from gradient_alignment.core.trace import FINITE_DIFFERENCES, Method, hessian_trace
 
@@ -85,10 +85,17 @@ def compare_estimators(
         x: (B, ...).
         y: (B,) class indices.
         sigmas: finite steps.
-        draws: for bias and variance.
+        draws: for bias and variance, at least 2.
         repeats: for times.
         seed: of the directions.
+
+    Raises:
+        ValueError: fewer than two draws, no repeats, no images.
     """
+    if draws < 2:
+        raise ValueError(f"draws must be at least 2 for a variance, got {draws!r}")
+    check_count("repeats", repeats)
+    check_count("images", len(x))
     fn = class_logit(model, y)
     # the draws are compared with the exact traces in float64, where finite steps do not round
     wide = class_logit(_double(model), y)

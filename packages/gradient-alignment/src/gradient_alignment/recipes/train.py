@@ -102,6 +102,9 @@ def make_regularizer(config: Config) -> Regularizer | None:
         )
     kind = REGULARIZERS[config.regularizer]
     if kind is None:
+        if config.preset or config.options:
+            given = ", ".join(["preset"] * bool(config.preset) + list(config.options))
+            raise ValueError(f"regularizer 'none' takes no {given}")
         return None
     made: Regularizer = (
         kind.preset(config.preset, **config.options) if config.preset else kind(**config.options)
