@@ -123,6 +123,7 @@ def integration(session: nox.Session) -> None:
     install_all(session, root_group="integration")
     session.chdir(ROOT / "tests-integration")
     run_pytest(session)
+    session.run("python", "import_times.py")
 
 
 @nox.session(default=False)

@@ -71,9 +71,13 @@ def test_command_names_are_distinct() -> None:
     assert all(commands[dist] == {dist} for dist in commands if commands[dist])
 
 
-@pytest.mark.parametrize("order", [1, -1], ids=["forwards", "backwards"])
-def test_all_packages_import_together_without_a_warning(order: int) -> None:
-    code = "import " + ", ".join([package.module for package in PACKAGES][::order])
+ORDERS = [PACKAGES[i:] + PACKAGES[:i] for i in range(len(PACKAGES))] + [PACKAGES[::-1]]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: f"{order[0].dist}-first")
+def test_all_packages_import_together_without_a_warning(order: list[Package]) -> None:
+    """In every rotation and backwards: each package stands before and after each other one."""
+    code = "import " + ", ".join(package.module for package in order)
     command = [sys.executable, "-W", "error", "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
