@@ -12,6 +12,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # formulas without a network, and without a third party's server
 ]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]

@@ -24,6 +24,10 @@ thead th { border-bottom: 2px solid #999; } caption { text-align: left; font-wei
 .ok { color: #14713a; font-weight: 600; } .no { color: #b3261e; font-weight: 600; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #555; }
 .small { color: #555; font-size: .875rem; }
+.claims td:nth-child(n+2) { min-width: 7rem; }
+@media (max-width: 45rem) { .claims thead { display: none; } .claims tr { display: block;
+  border-bottom: 1px solid #999; padding: .5rem 0; } .claims td { display: block; border: 0; padding: .1rem 0; }
+  .claims td::before { content: attr(data-label) ": "; color: #777; } .claims td:empty { display: none; } }
 @media (prefers-color-scheme: dark) { body { background: #16181b; color: #e6e6e6; }
   img { background: #fff; } .ok { color: #6bd695; } .no { color: #ff8a80; }
   .small, figcaption { color: #aaa; } th, td { border-color: #3a3d42; } h2 { border-color: #3a3d42; } }
@@ -58,17 +62,29 @@ def as_text(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in [head, rule, *lines])
 
 
-def as_html(columns: list[str], rows: list[list[str]], title: str = "") -> str:
-    """Lay a table out in HTML; verdicts get their colour."""
+def overview(name: str, result: dict[str, Any] | None) -> list[str]:
+    """Return a demo's row of the table that opens the page."""
+    if result is None:
+        return [name, MISSING, "FAILED", "", ""]
+    held = [claim["holds"] for claim in result["claims"]]
+    verdict = "holds" if all(held) else "FAILED"
+    count = f"{sum(held)} of {len(held)}"
+    return [name, result["title"], verdict, count, f"{result['seconds']:.0f}"]
+
+
+def as_html(columns: list[str], rows: list[list[str]], title: str = "", kind: str = "") -> str:
+    """Lay a table out in HTML; verdicts get their colour, and narrow screens a label for each cell."""
     colour = {"holds": ' class="ok"', "FAILED": ' class="no"'}
-    cells = [
-        "<tr>" + "".join(f"<td{colour.get(c, '')}>{html.escape(c)}</td>" for c in row) + "</tr>"
-        for row in rows
-    ]
+
+    def cell(column: str, text: str) -> str:
+        label = f' data-label="{html.escape(column)}"'
+        return f"<td{colour.get(text, '')}{label}>{html.escape(text)}</td>"
+
+    cells = ["<tr>" + "".join(map(cell, columns, row)) + "</tr>" for row in rows]
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     caption = f"<caption>{html.escape(title)}</caption>" if title else ""
     body = "".join(cells)
-    table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table{kind and f' class={kind!r}'}>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="scroll">{table}</div>'
 
 
@@ -79,7 +95,7 @@ def section(name: str, result: dict[str, Any] | None, folder: Path) -> str:
         return parts[0] + f'<p class="no">{MISSING}</p>'
     parts.append(f"<p>{html.escape(result['title'])}</p>")
     columns, rows = ["Claim", "Baseline", "Ours", "Verdict"], summary(name, result)
-    parts.append(as_html(columns, [row[1:5] for row in rows]))
+    parts.append(as_html(columns, [row[1:5] for row in rows], kind="claims"))
     for figure in result["figures"]:
         data = base64.b64encode((folder / figure["file"]).read_bytes()).decode()
         caption = html.escape(figure["caption"])
@@ -112,16 +128,20 @@ def main() -> int:
 
     columns = ["package", "claim", "baseline", "ours", "verdict", "seconds"]
     rows = [row for name, result in results.items() for row in summary(name, result)]
-    linked = as_html(columns, rows)
+    first = [overview(name, result) for name, result in results.items()]
+    linked = as_html(
+        ["package", "what it shows", "verdict", "claims", "seconds"], first, kind="claims"
+    )
     for name in results:
-        linked = linked.replace(f"<td>{name}</td>", f'<td><a href="#{name}">{name}</a></td>')
+        linked = linked.replace(f">{name}</td>", f'><a href="#{name}">{name}</a></td>')
     sections = "".join(section(name, result, folder / name) for name, result in results.items())
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Ten methods: the demos</title><style>{STYLE}</style></head><body>"
-        "<h1>The demos</h1><p>Each row is a claim of a paper, tested on real data by the command "
-        f"<code>python -m nox -s demo</code>.</p>{linked}{sections}</body></html>\n"
+        "<h1>The demos</h1><p>Each package tests the claims of its paper on real data. A verdict is the "
+        "result of this run, made by the command <code>python -m nox -s demo</code>; what did not hold "
+        f"stands under each package.</p>{linked}{sections}</body></html>\n"
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
     print(as_text(columns, rows))
