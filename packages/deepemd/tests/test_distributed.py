@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 import deepemd
 from deepemd.examples.autoencoder import PointAutoencoder
+from deepemd.recipes.train import TrainConfig, train
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or os.name == "nt", reason="needs gloo and a file store"
@@ -22,7 +23,8 @@ def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist = torch.distributed
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save({"ddp": ddp(rank), "fsdp": fsdp(rank)}, f"{folder}/{rank}.pt")
+    found = {"ddp": ddp(rank), "fsdp": fsdp(rank), "trained": trained(f"{folder}/two")}
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     os._exit(0)
 
@@ -55,11 +57,25 @@ def fsdp(rank: int) -> torch.Tensor:
     return torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
 
 
-def test_loss_under_ddp_and_fsdp_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+def trained(out: str) -> torch.Tensor:
+    """Adam's first moment after one step: a tenth of the clipped gradient of the whole batch."""
+    config = TrainConfig(
+        out, {"width": 16, "depth": 1, "heads": 2, "fourier": 2}, steps=1, sizes=(8,), first=(1.0,),
+        last=(1.0,), points=48, decoder=0.2,
+    )  # fmt: skip
+    train(config)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the first rank writes
+    state = torch.load(f"{out}/checkpoint.pt")["optimizer"]["state"]
+    return torch.cat([moments["exp_avg"].flatten() for moments in state.values()])
+
+
+def test_two_processes_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     model, x = build(), clouds()
     expected = {"ddp": gradient(build(), x)}
     deepemd.EMDLoss(method="exact")(model(x), x).backward()
     expected["fsdp"] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    expected["trained"] = trained(f"{tmp_path}/one")
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")

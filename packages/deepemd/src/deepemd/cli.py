@@ -80,6 +80,7 @@ def _distance(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _train(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import dataclasses
+    import os
 
     import torch
 
@@ -93,9 +94,17 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if value is not None:
             changes[name] = value
     config = dataclasses.replace(TrainConfig.load(args.config), **changes)
-    model = train(config, progress=not args.quiet)
+    rank = int(os.environ.get("RANK", "0"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun or accelerate launch
+        cuda = config.device == "cuda"
+        if cuda:
+            config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    model = train(config, progress=not args.quiet and rank == 0)
     dtype = torch.float16 if args.half else None
-    folder = save_pretrained(model, Path(config.out) / "pretrained", dtype=dtype)
+    folder = Path(config.out) / "pretrained"
+    if rank == 0:
+        save_pretrained(model, folder, dtype=dtype)
     return {"checkpoint": str(folder), "steps": config.steps}, f"wrote {folder}"
 
 

@@ -25,6 +25,8 @@ class BatchStream(Dataset[dict[str, Tensor]]):
         spec: the mixture of pairs.
         decoder: share of pairs of the kind ``decoder`` (:class:`~deepemd.recipes.decoder.DecoderPairs`,
             whose auto-encoder is trained here, once per size).
+        rank, world: of the processes that share each batch, every ``world``-th pair to each. The pairs of all
+            of them together do not depend on their number as long as it divides ``points // N``.
 
     >>> stream = BatchStream(10, sizes=(8, 16), first=(1, 0), last=(0, 1), points=32, seed=0)
     >>> stream[0]["x"].shape, stream[9]["x"].shape
@@ -42,12 +44,14 @@ class BatchStream(Dataset[dict[str, Tensor]]):
         seed: int,
         spec: PairSpec | None = None,
         decoder: float = 0.0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if not len(sizes) == len(first) == len(last):
             raise ValueError(f"sizes, first and last differ in length: {sizes}, {first}, {last}")
         self.steps, self.sizes, self.points, self.seed = steps, tuple(sizes), points, seed
         self.first, self.last = np.array(first, float), np.array(last, float)
-        self.spec, self.decoder = spec, decoder
+        self.spec, self.decoder, self.rank, self.world = spec, decoder, rank, world
         self.decoders = (
             {n: DecoderPairs(n, seed=seed, spec=spec) for n in self.sizes} if decoder else {}
         )
@@ -65,11 +69,15 @@ class BatchStream(Dataset[dict[str, Tensor]]):
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         n = self.size(step)
         rng = np.random.default_rng((self.seed, step, 1))
-        count = max(self.points // n, 1)
+        count = max(self.points // n // self.world, 1) * self.world
         pairs = []
         for k in range(count):
+            mine = k % self.world == self.rank
             if self.decoder and rng.random() < self.decoder:
-                pairs.append(self.decoders[n].pair(step * count + k))
+                if mine:
+                    pairs.append(self.decoders[n].pair(step * count + k))
             else:
-                pairs.append(labelled(*make_pair(rng, n, spec=self.spec)[:2]))
+                x, y = make_pair(rng, n, spec=self.spec)[:2]
+                if mine:  # the labels are what takes time
+                    pairs.append(labelled(x, y))
         return {key: torch.stack([pair[key] for pair in pairs]) for key in pairs[0]}

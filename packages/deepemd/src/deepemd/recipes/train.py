@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -131,7 +132,24 @@ def draw_bar(done: int, total: int, note: str, width: int = 30) -> None:
     print(text, end=end, file=sys.stderr, flush=True)
 
 
+def _ranks() -> tuple[int, int]:
+    """Return this process's rank and their number: (0, 1) without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _average_gradients(parameters: list[Tensor], world: int) -> None:
+    """Replace every gradient by its mean over all processes, in one reduction."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    for grad, mean in zip(grads, flat.div_(world).split([g.numel() for g in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
 def _batches(config: TrainConfig, start: int) -> Iterator[dict[str, Tensor]]:
+    rank, world = _ranks()
     stream = BatchStream(
         config.steps,
         sizes=config.sizes,
@@ -141,6 +159,8 @@ def _batches(config: TrainConfig, start: int) -> Iterator[dict[str, Tensor]]:
         seed=config.seed,
         spec=PairSpec(config.weights, planar=config.planar),
         decoder=config.decoder,
+        rank=rank,
+        world=world,
     )
     loader: DataLoader[dict[str, Tensor]] = DataLoader(
         stream,
@@ -154,6 +174,9 @@ def _batches(config: TrainConfig, start: int) -> Iterator[dict[str, Tensor]]:
 
 def train(config: TrainConfig, *, progress: bool = False) -> DeepEMD:
     """Train a network, or go on with the run that ``config.out`` holds.
+
+    Inside an initialised process group each process takes its share of every batch, gradients are averaged, and
+    the first process writes: the same run as one process's, up to the order of sums.
 
     Writes ``checkpoint.pt`` (for resuming), ``log.jsonl``, ``config.json`` and, at the end, the averaged
     weights as ``model.safetensors`` beside it.
@@ -182,6 +205,7 @@ def train(config: TrainConfig, *, progress: bool = False) -> DeepEMD:
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         start, spent = int(state["step"]), float(state["seconds"])
+    rank, world = _ranks()
     forward: Any = torch.compile(model) if config.compile else model
     parameters: list[Tensor] = list(model.parameters())
     averages: list[Tensor] = list(average.parameters())
@@ -196,7 +220,7 @@ def train(config: TrainConfig, *, progress: bool = False) -> DeepEMD:
     began = last_save = time.perf_counter()
     running: list[Tensor] = []
     pairs = 0
-    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+    with open(out / "log.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8") as log:
         for step, batch in enumerate(_batches(config, start), start=start):
             batch = {key: value.to(config.device) for key, value in batch.items()}
             rate = learning_rate(config, step)
@@ -206,6 +230,8 @@ def train(config: TrainConfig, *, progress: bool = False) -> DeepEMD:
                 loss = objective(forward, batch, config)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if world > 1:
+                _average_gradients(parameters, world)
             norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
             decay = min(config.ema, (1 + step) / (10 + step))
@@ -215,7 +241,7 @@ def train(config: TrainConfig, *, progress: bool = False) -> DeepEMD:
             pairs += len(batch["x"])
             now = time.perf_counter()
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
+            if rank == 0 and (done % config.log_every == 0 or done == config.steps):
                 line = {
                     "step": done, "loss": round(float(torch.stack(running).mean()), 5),
                     "n": batch["x"].shape[1], "lr": round(rate, 7), "norm": round(float(norm), 4),
@@ -227,8 +253,9 @@ def train(config: TrainConfig, *, progress: bool = False) -> DeepEMD:
                 if progress:
                     left = (now - began) / (done - start) * (config.steps - done)
                     draw_bar(done, config.steps, f"loss {line['loss']:.4f}, {left:.0f} s left")
-            if now - last_save > config.checkpoint_seconds or done == config.steps:
+            if rank == 0 and (now - last_save > config.checkpoint_seconds or done == config.steps):
                 checkpoint(done, spent + now - began)
                 last_save = now
-    (out / "run.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+    if rank == 0:
+        (out / "run.json").write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
     return average.eval()
