@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from conftest import PACKAGES, ROOT, Package
@@ -69,6 +70,20 @@ def test_command_names_are_distinct() -> None:
     commands = {p.dist: set(p.project.get("scripts", {})) for p in PACKAGES}
     assert not [pair for pair in combinations(commands, 2) if commands[pair[0]] & commands[pair[1]]]
     assert all(commands[dist] == {dist} for dist in commands if commands[dist])
+
+
+def test_command_lines_agree_on_exit_statuses(package: Package) -> None:
+    """0 for help, which loads no more than the standard library needs; 2 for a verb that there is not."""
+    if not package.project.get("scripts"):
+        pytest.skip("no command line")
+    command = str(Path(sys.executable).parent / package.dist)
+    helped = subprocess.run([command, "--help"], capture_output=True, text=True, check=False)
+    assert helped.returncode == 0
+    assert helped.stdout.startswith("usage: ")
+    wrong = subprocess.run([command, "no-such-verb"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "no-such-verb" in wrong.stderr
+    assert not wrong.stdout
 
 
 ORDERS = [PACKAGES[i:] + PACKAGES[:i] for i in range(len(PACKAGES))] + [PACKAGES[::-1]]
