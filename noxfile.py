@@ -105,12 +105,16 @@ def tests(session: nox.Session, package: str) -> None:
 def minimum(session: nox.Session, package: str) -> None:
     """The same suite with the oldest dependencies that the package declares.
 
-    torch keeps its development pin unless UV_TORCH_BACKEND=cpu says that the index of CPU wheels is in
-    reach: on Linux the old wheels of the public index carry gigabytes of CUDA.
+    torch keeps its development pin, and is installed first, unless UV_TORCH_BACKEND=cpu says that the index
+    of CPU wheels is in reach: on Linux the wheels of the public index carry gigabytes of CUDA, and the
+    lowest version of 2.13.0 and 2.13.0+cpu is the one with them.
     """
     if session.venv_backend != "uv":
         session.skip("only uv resolves to the oldest versions: python -m pip install uv")
-    pins = () if "UV_TORCH_BACKEND" in os.environ else ("-c", str(ROOT / "constraints.txt"))
+    pins: tuple[str, ...] = ()
+    if "UV_TORCH_BACKEND" not in os.environ:
+        install(session, "torch")
+        pins = ("-c", str(ROOT / "constraints.txt"))
     where = folder(package)
     session.install(*pins, "--resolution=lowest-direct", "-e", str(where), *group("test", where))
     session.chdir(where)

@@ -11,7 +11,7 @@ from conftest import F64, exact_hessians, make_net
 import gradient_alignment as ga
 
 
-def setup(seed=0, count=2):
+def make_case(seed=0, count=2):
     net = make_net(seed)
 
     def fn(x):
@@ -25,14 +25,14 @@ def setup(seed=0, count=2):
 
 
 def test_score_is_the_input_gradient():
-    fn, x, _, slope, _ = setup()
+    fn, x, _, slope, _ = make_case()
     torch.testing.assert_close(ga.score(fn, x), slope, rtol=0, atol=1e-13)
     assert not ga.score(fn, x).requires_grad
     assert ga.score(fn, x, create_graph=True).requires_grad
 
 
 def test_objectives_are_their_formulas():
-    fn, x, v, s, h = setup()
+    fn, x, v, s, h = make_case()
     trace = h.diagonal(dim1=1, dim2=2).sum(1)
     vhv = torch.einsum("kbi,bij,kbj->kb", v, h, v).mean(0)
     norm = 0.5 * s.square().sum(1)
@@ -51,7 +51,7 @@ def test_objectives_are_their_formulas():
 
 
 def test_finite_difference_objective_is_its_formula_and_tends_to_the_sliced_one():
-    fn, x, v, _, _ = setup()
+    fn, x, v, _, _ = make_case()
     eps = 0.1
     rows = [
         (fn(x + eps * r) + fn(x - eps * r) - 2 * fn(x)) / eps**2
@@ -66,7 +66,7 @@ def test_finite_difference_objective_is_its_formula_and_tends_to_the_sliced_one(
 
 
 def test_denoising_objective_is_its_formula():
-    fn, x, z, _, _ = setup()
+    fn, x, z, _, _ = make_case()
     sigma = 0.4
 
     def slope(points):
@@ -80,7 +80,7 @@ def test_denoising_objective_is_its_formula():
 
 
 def test_variance_reduction_keeps_the_mean_and_removes_the_blow_up():
-    fn, x, _, _, _ = setup()
+    fn, x, _, _, _ = make_case()
     generator = torch.Generator().manual_seed(3)
     many = x[:1].expand(20_000, 5)
     z = torch.randn(1, 20_000, 5, generator=generator, dtype=F64)
