@@ -110,7 +110,9 @@ def test_gamma_has_a_gradient_only_where_it_clips_and_half_at_a_tie() -> None:
         norm.running_var.fill_(1 - 2.0**-40)
         norm(x).square().sum().backward()
         grads[gamma] = norm.log_lipschitz.grad.item()
-    energy = nn.functional.batch_norm(x, None, None, training=True, eps=2.0**-40).square().sum().item()
+    energy = (
+        nn.functional.batch_norm(x, None, None, training=True, eps=2.0**-40).square().sum().item()
+    )
     assert grads[2.0] == 0
     assert grads[1.0] == pytest.approx(energy, rel=1e-6)  # half of 2 Gamma^2 energy
     assert grads[0.5] == pytest.approx(2 * 0.25 * energy, rel=1e-6)

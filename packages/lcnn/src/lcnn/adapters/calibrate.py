@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,6 +56,9 @@ def calibrate(
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True
+    ours = [(n, n.log_lipschitz.clone()) for n in norms if isinstance(n, LipschitzNorm)]
+    for gated, _ in ours:
+        gated.log_lipschitz.fill_(80.0)  # nothing clips while the statistics are taken
     count = 0
     try:
         for batch in batches:
@@ -63,16 +67,14 @@ def calibrate(
     finally:
         for norm, momentum in momenta:
             norm.momentum = momentum
+        for gated, gamma in ours:
+            gated.log_lipschitz.copy_(gamma)
         for module, mode in modes.items():
             module.training = mode
     if not count:
         raise ValueError("batches is empty: calibration needs data")
-    for norm in norms:
-        if isinstance(norm, LipschitzNorm) and norm.running_var is not None:
-            own = (1 / norm._inverse_slope(norm.running_var)).log()
-            norm.log_lipschitz.copy_(torch.maximum(norm.log_lipschitz, own + _log(margin)))
+    for gated, gamma in ours:
+        assert gated.running_var is not None
+        own = -gated._inverse_slope(gated.running_var).log() + math.log(margin)
+        gated.log_lipschitz.copy_(torch.maximum(gamma, own))
     return model
-
-
-def _log(margin: float) -> float:
-    return float(torch.tensor(margin, dtype=torch.float64).log())

@@ -167,6 +167,8 @@ def _check_layers(model: nn.Module, options: _Options, has_example: bool) -> Non
     for name, module in model.named_modules():
         if is_normalized(module):
             continue
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+            check_free(module, name)
         if isinstance(module, (*CONVS, nn.Linear)) or "quantized" in type(module).__module__:
             wanted = options.linear if isinstance(module, nn.Linear) else options.conv
             if wanted != "none" and options.include(name, module):
@@ -297,7 +299,6 @@ class _Surgeon:
 
     def batchnorm(self, name: str, module: nn.Module) -> nn.Module | None:
         if not (type(module) in KINDS or is_fused_act(module)):
-            check_lazy(module, name)
             self.leave(name, module, "an unknown kind of batch norm")
             return None
         made = from_batchnorm(module, self.options.lipschitz, stats=self.options.stats)
@@ -342,11 +343,3 @@ class _Surgeon:
 
 def _at_least_single(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def check_lazy(module: nn.Module, name: str) -> None:
-    """Raise TypeError for a lazy layer."""
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        raise TypeError(
-            f"{name} ({type(module).__name__}) is lazy: run one forward pass before the conversion"
-        )

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lcnn.core.activation import CenteredSoftplus
 from lcnn.core.norm import LipschitzBatchNormAct2d, LipschitzNorm, LipschitzSyncBatchNorm
@@ -77,6 +76,20 @@ def _plain(module: nn.Module) -> nn.Module:
     return module
 
 
+def _bake(module: nn.Module) -> None:
+    """Replace a parametrized layer's weights by their values.
+
+    torch's own ``remove_parametrizations`` changes the class, which a deep copy shares with its original.
+    """
+    parts: Any = module.parametrizations
+    parts.eval()  # no power step
+    values = {name: part().detach().clone() for name, part in parts.items()}
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__mro__[1]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
+
+
 @torch.no_grad()
 def restore(model: nn.Module) -> nn.Module:
     """Return a plain network with the same outputs in evaluation mode, for deployment and export.
@@ -99,13 +112,9 @@ def restore(model: nn.Module) -> nn.Module:
     made = copy.deepcopy(model)
     if hasattr(made, "lcnn_report"):
         del made.lcnn_report
-    modes = {m: m.training for m in made.modules()}
-    made.eval()  # no power step while the weights are baked in
     for module in list(made.modules()):
-        for name in list(getattr(module, "parametrizations", {})):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    for module, mode in modes.items():
-        module.training = mode
+        if hasattr(module, "parametrizations"):
+            _bake(module)
     if isinstance(made, LipschitzNorm):
         return _plain_norm(made)
     if isinstance(made, CenteredSoftplus):
@@ -154,5 +163,5 @@ def load_pretrained(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Mo
     with torch.no_grad():
         for module in model.modules():
             for part in getattr(module, "parametrizations", {}).values():
-                refresh(part[0], part.original, 15)
+                refresh(part[0], part.original, 100)
     return model

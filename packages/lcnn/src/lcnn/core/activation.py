@@ -30,10 +30,18 @@ def _value(x: Tensor, beta: Tensor) -> Tensor:
     return t.expm1_().mul_(0.5).log1p_().div_(beta).add_(x.clamp_min(0)).to(x.dtype)
 
 
-def _smooth_value(x: Tensor, beta: Tensor) -> Tensor:
-    """Compute the same out of place, for the tracers."""
-    x = _wide(x)
-    return torch.log1p(torch.expm1(-(x * beta).abs()) * 0.5) / beta + x.clamp_min(0)
+def _traced_value(x: Tensor, beta: Tensor) -> Tensor:
+    """x/2 + log cosh(z) / beta in plain operations, for torch.compile, which knows no ``jvp`` of a Function.
+
+    Smooth branches only, so that whatever differentiates the trace, however often, is right.
+    """
+    wide = _wide(x)
+    z = wide * beta * 0.5
+    small = z.abs() <= 1
+    near, far = torch.where(small, z, 0.0), torch.where(small, 2.0, z).abs()
+    bell = torch.log1p(2 * torch.sinh(near / 2).square())
+    tail = far + torch.log1p(torch.exp(-2 * far)) - math.log(2)
+    return (wide / 2 + torch.where(small, bell, tail) / beta).to(x.dtype)
 
 
 def _slope(x: Tensor, beta: Tensor) -> Tensor:
@@ -161,22 +169,6 @@ class _Backward(torch.autograd.Function):
         return _vmap(_Backward, info, in_dims, *args)
 
 
-class _Traced(torch.autograd.Function):
-    """The same for torch.compile, which knows no ``jvp`` of a Function; once differentiable."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, beta: Tensor) -> Tensor:
-        ctx.save_for_backward(x, beta)
-        return _smooth_value(x, beta).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, beta = ctx.saved_tensors
-        wide = _wide(x)
-        gb = _reduce(grads[0] * _beta_slope(wide, beta), beta)
-        return (grads[0] * _slope(wide, beta)).to(x.dtype), gb
-
-
 def centered_softplus(x: Tensor, beta: Tensor | float) -> Tensor:
     """Return s0(x; beta) = log((1 + exp(beta x)) / 2) / beta (paper, Section 4.1).
 
@@ -200,9 +192,12 @@ def centered_softplus(x: Tensor, beta: Tensor | float) -> Tensor:
         tensor([-0.2831,  0.0000,  0.7169])
     """
     if not isinstance(beta, Tensor):
-        beta = torch.tensor(positive("beta", beta), dtype=_wide(x.new_empty(0)).dtype, device=x.device)
-    function = _Traced if torch.compiler.is_compiling() else _Softplus
-    out: Tensor = function.apply(x, beta)
+        beta = torch.tensor(
+            positive("beta", beta), dtype=_wide(x.new_empty(0)).dtype, device=x.device
+        )
+    if torch.compiler.is_compiling():
+        return _traced_value(x, beta)
+    out: Tensor = _Softplus.apply(x, beta)
     return out
 
 

@@ -267,7 +267,8 @@ def hessian_bound(model: nn.Module, *, with_loss: bool = False, nominal: bool = 
             values[node] = pairs[0]
         else:
             value = _call(node, args)
-            if value is None or not all(math.isfinite(_number(v)) for v in value):
+            before = all(math.isfinite(_number(v)) for pair in pairs for v in pair)
+            if before and not (value and all(math.isfinite(_number(v)) for v in value)):
                 unbounded.append(f"{node.name} ({node.target})")
             values[node] = (math.inf, math.inf) if value is None else value
     slope, curve = (torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in last)

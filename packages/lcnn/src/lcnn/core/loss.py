@@ -98,7 +98,8 @@ class LCNNLoss(nn.Module):
         cure_step: its h.
         cure_squared: False for the norm itself.
         jvp: weight of :func:`jvp_penalty`.
-        compile: compile loss and penalties as one function (``torch.func`` inside), for ``cure == jvp == 0``.
+        compile: compile loss and penalties as one function (``torch.func`` inside), for ``cure == jvp == 0``;
+            a string names the backend.
         allow_low_precision: keep autocast on for the terms that differentiate twice.
 
     Raises:
@@ -126,7 +127,7 @@ class LCNNLoss(nn.Module):
         cure_step: float = 1.0,
         cure_squared: bool = True,
         jvp: float = 0.0,
-        compile: bool = False,
+        compile: bool | str = False,
         allow_low_precision: bool = False,
     ) -> None:
         super().__init__()
@@ -147,7 +148,8 @@ class LCNNLoss(nn.Module):
         if compile:
             if self.cure or self.jvp:
                 raise ValueError("compile=True supports the gradnorm term only, not cure or jvp")
-            self._run = torch.compile(self._functional)
+            backend = compile if isinstance(compile, str) else "inductor"
+            self._run = torch.compile(self._functional, backend=backend)
 
     @property
     def model(self) -> nn.Module:
