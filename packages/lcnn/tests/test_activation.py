@@ -233,3 +233,16 @@ def test_compiled_full_graph_equals_eager() -> None:
             torch.testing.assert_close(ga, gb)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), act(x))
+
+
+@pytest.mark.parametrize("beta", [1e-4, 0.1, 5.0, 1e3])
+def test_blocks_of_a_large_tensor_sum_to_the_gradient(beta: float) -> None:
+    x = torch.randn(3, 70000, requires_grad=True)
+    g = torch.randn(3, 70000)
+    b = torch.tensor(beta, requires_grad=True)
+    got = torch.autograd.grad(centered_softplus(x, b), (x, b), g)
+    wide, exact = x.detach().double(), b.detach().double()
+    torch.testing.assert_close(got[0], (g * torch.sigmoid(exact * wide)).float())
+    want = g.double() * _beta_slope(wide, exact)
+    # single precision: some eps of the sum of absolute values, which the sum cancels
+    assert abs(got[1].item() - want.sum().item()) <= 1e-6 * want.abs().sum().item()

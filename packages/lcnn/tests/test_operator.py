@@ -290,7 +290,7 @@ def test_bfloat16_autocast_computes_sigma_in_single() -> None:
 
 
 def test_bad_modules() -> None:
-    with pytest.raises(TypeError, match="takes nn.Conv"):
+    with pytest.raises(TypeError, match=r"takes nn.Conv"):
         lcnn.conv_spectral_norm(nn.Linear(2, 2), (4, 4))
     conv = lcnn.conv_spectral_norm(nn.Conv2d(2, 2, 3), (4, 4))
     with pytest.raises(TypeError, match="already has a parametrized weight"):

@@ -168,7 +168,7 @@ def _check_layers(model: nn.Module, options: _Options, has_example: bool) -> Non
         if is_normalized(module):
             continue
         if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-            check_free(module, name)
+            check_free(module, name)  # type: ignore[arg-type]
         if isinstance(module, (*CONVS, nn.Linear)) or "quantized" in type(module).__module__:
             wanted = options.linear if isinstance(module, nn.Linear) else options.conv
             if wanted != "none" and options.include(name, module):
@@ -200,7 +200,7 @@ def _own_modules(
         kind = type(module).__name__
         try:
             made, _ = rewrite(module, options.activations)
-        except Exception as error:  # whatever the forward does with a proxy
+        except Exception as error:  # noqa: BLE001 - whatever the forward does with a proxy
             reason = "; ".join(str(error).splitlines()[:1])
             what = "calls ReLU as a function" if hidden else "calls one activation several times"
             note = f"{what} and cannot be traced ({reason})"

@@ -27,6 +27,7 @@ class FixedSoftplus(nn.Module):
     beta: Tensor
 
     def __init__(self, beta: Tensor) -> None:
+        """Check and keep the arguments; the class says what they are."""
         super().__init__()
         self.register_buffer("beta", beta.detach().clone())
 
@@ -38,19 +39,15 @@ class FixedSoftplus(nn.Module):
 
 
 def _plain_norm(norm: LipschitzNorm) -> nn.Module:
-    kinds: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
-        1: nn.BatchNorm1d,
-        2: nn.BatchNorm2d,
-        3: nn.BatchNorm3d,
-    }
     kind: type[Any] = nn.SyncBatchNorm
     if not isinstance(norm, LipschitzSyncBatchNorm):
-        kind = next(k for k in kinds.values() if isinstance(norm, k))
+        kinds: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        kind = next(k for k in kinds if isinstance(norm, k))
     assert norm.running_mean is not None
     made = kind(norm.num_features, norm.eps, norm.momentum).to(norm.running_mean)
     scale = torch.minimum(
         norm.lipschitz * norm._inverse_slope(norm.running_var), norm.lipschitz.new_ones(())
-    )  # type: ignore[arg-type]
+    )
     weight = scale if norm.weight is None else scale * norm.weight
     made.weight.data.copy_(weight.expand(norm.num_features))
     if norm.bias is not None:
@@ -64,8 +61,8 @@ def _plain_norm(norm: LipschitzNorm) -> nn.Module:
 
 
 def _statistics(norm: LipschitzNorm) -> dict[str, Tensor]:
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    return {name: norm._buffers[name] for name in names if norm._buffers[name] is not None}  # type: ignore[misc]
+    found = {n: norm._buffers[n] for n in ("running_mean", "running_var", "num_batches_tracked")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _plain(module: nn.Module) -> nn.Module:

@@ -48,7 +48,8 @@ class _Watch(TorchFunctionMode):
 
 def observe(model: nn.Module, example: Any) -> Seen:
     """Run ``model`` once in evaluation mode, without gradient and without touching statistics."""
-    seen, stack = Seen(), []  # type: ignore[var-annotated]
+    seen = Seen()
+    stack: list[nn.Module] = []
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         stack.append(module)

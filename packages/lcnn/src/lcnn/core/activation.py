@@ -13,7 +13,7 @@ __all__ = ["CenteredSoftplus", "centered_softplus", "positive"]
 
 def positive(name: str, value: float) -> float:
     """Return ``value`` as a float, or raise ValueError where it is not positive and finite."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+    if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
     return float(value)
 
@@ -27,7 +27,7 @@ def _value(x: Tensor, beta: Tensor) -> Tensor:
     """s0 = max(x, 0) + log1p(expm1(-beta |x|) / 2) / beta: no cancellation on either side."""
     x = _wide(x)
     t = (x * beta).abs_().neg_()
-    return t.expm1_().mul_(0.5).log1p_().div_(beta).add_(x.clamp_min(0)).to(x.dtype)
+    return torch.addcdiv(x.clamp_min(0), t.expm1_().mul_(0.5).log1p_(), beta)
 
 
 def _traced_value(x: Tensor, beta: Tensor) -> Tensor:
@@ -73,6 +73,37 @@ def _reduce(value: Tensor, like: Tensor) -> Tensor:
     return value.sum_to_size(like.shape).to(like.dtype)
 
 
+BLOCK = 2**16  # elements that stay in a core's cache through all passes
+
+
+def _in_blocks(g: Tensor, x: Tensor, beta: Tensor) -> bool:
+    same = g.dtype == x.dtype == beta.dtype and g.is_contiguous() and x.is_contiguous()
+    return x.device.type == "cpu" and same and beta.dim() == 0 and x.numel() > BLOCK
+
+
+def _backward_in_blocks(g: Tensor, x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """(g s0', sum g d_beta s0) for one beta on a CPU, block by block.
+
+    With t = beta |x|, m = exp(-t): beta^2 d_beta s0 = -t m / (1 + m) - log((1 + m) / 2), whose error is
+    some eps t: used where a block reaches t = 1/2, and the exact form otherwise.
+    """
+    gx, total = torch.empty_like(x), torch.zeros_like(beta)
+    blocks = (part.view(-1).split(BLOCK) for part in (g, x, gx))
+    for gi, xi, out in zip(*blocks, strict=True):
+        t = xi * beta
+        torch.sigmoid(t, out=out)
+        out.mul_(gi)
+        t.abs_()
+        if float(t.max()) < 0.5:
+            total += torch.dot(gi, _beta_slope(xi, beta)) * beta * beta
+            continue
+        m = torch.neg(t).expm1_()
+        h = (m * 0.5).log1p_()
+        t.mul_(m.add_(1)).div_(m.add_(1))
+        total -= torch.dot(gi, h.add_(t))
+    return gx, total / (beta * beta)
+
+
 def _vmap(function: Any, info: Any, dims: tuple[int | None, ...], *args: Tensor) -> Any:
     """Give every argument a leading batch axis, beta (the last one) with the rank of the others."""
     moved = [
@@ -104,7 +135,7 @@ class _Softplus(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         x, beta = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
-            gx, gb = _Backward.apply(grads[0], x, beta)
+            gx, gb = _Backward.apply(grads[0], x, beta)  # type: ignore[no-untyped-call]
             return gx, gb
         return grads[0] * _slope(_wide(x), beta).to(x.dtype), None
 
@@ -128,6 +159,8 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(g: Tensor, x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        if _in_blocks(g, x, beta):
+            return _backward_in_blocks(g, x, beta)
         wide = _wide(x)
         gb = _reduce(g * _beta_slope(wide, beta), beta)
         return (g * _slope(wide, beta)).to(x.dtype), gb
@@ -197,7 +230,7 @@ def centered_softplus(x: Tensor, beta: Tensor | float) -> Tensor:
         )
     if torch.compiler.is_compiling():
         return _traced_value(x, beta)
-    out: Tensor = _Softplus.apply(x, beta)
+    out: Tensor = _Softplus.apply(x, beta)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -237,6 +270,7 @@ class CenteredSoftplus(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        """Check and keep the arguments; the class says what they are."""
         super().__init__()
         if not (math.isfinite(floor) and floor >= 0):
             raise ValueError(f"floor must be a finite number of at least 0, got {floor!r}")

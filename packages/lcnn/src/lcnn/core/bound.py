@@ -72,7 +72,8 @@ def _number(value: Any) -> float:
 
 
 def _norm(matrix: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(matrix, 2)
+    norm: Tensor = torch.linalg.matrix_norm(matrix, 2)
+    return norm
 
 
 def _weight_of(module: Any) -> Tensor:
@@ -184,7 +185,8 @@ def _call(node: fx.Node, args: list[Any]) -> Pair | None:
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     found = [a for a in args if isinstance(a, tuple)]
     if name in ("cat", "concat"):
-        return tuple(sum(p[i] ** 2 for p in found) ** 0.5 for i in range(2))  # type: ignore[return-value]
+        slope, curve = (sum(p[i] ** 2 for p in found) ** 0.5 for i in range(2))
+        return slope, curve
     if name in ("add", "add_", "iadd", "sub"):
         if node.kwargs.get("alpha", 1) != 1:
             return None
@@ -239,7 +241,7 @@ def hessian_bound(model: nn.Module, *, with_loss: bool = False, nominal: bool = 
     like = next(model.parameters(), torch.zeros(()))
     try:
         graph = _Tracer().trace(model)
-    except Exception as error:  # whatever the user's forward does with a proxy
+    except Exception as error:  # noqa: BLE001 - whatever the user's forward does with a proxy
         infinite = like.new_tensor(math.inf)
         return Bound(infinite, infinite, {}, [f"the graph (torch.fx: {error})"])
     values: dict[fx.Node, Any] = {}

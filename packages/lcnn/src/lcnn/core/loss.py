@@ -130,6 +130,7 @@ class LCNNLoss(nn.Module):
         compile: bool | str = False,
         allow_low_precision: bool = False,
     ) -> None:
+        """Check and keep the arguments; the class says what they are."""
         super().__init__()
         if isinstance(loss_fn, str) and loss_fn != "cross_entropy":
             raise ValueError(f"loss_fn must be 'cross_entropy' or a function, got {loss_fn!r}")

@@ -55,6 +55,11 @@ class LipschitzNorm(_BatchNorm):
     """
 
     log_lipschitz: nn.Parameter
+    weight: Any
+    bias: Any
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
 
     def __init__(
         self,
@@ -69,6 +74,7 @@ class LipschitzNorm(_BatchNorm):
         lipschitz: float = 10.0,
         stats: Stats = "running",
     ) -> None:
+        """Check and keep the arguments; the class says what they are."""
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
@@ -87,9 +93,11 @@ class LipschitzNorm(_BatchNorm):
         """1 / l, the m of the paper; finite also where all weights are zero."""
         std = (variance + self.eps).sqrt()
         if self.weight is None:
-            return std.min()
+            smallest: Tensor = std.min()
+            return smallest
         slope = (self.weight.abs() / std).max()
-        return 1 / slope.clamp_min(torch.finfo(slope.dtype).tiny * 4)
+        inverse: Tensor = 1 / slope.clamp_min(torch.finfo(slope.dtype).tiny * 4)
+        return inverse
 
     def slope(self) -> Tensor:
         """Return the Lipschitz constant in evaluation mode, min(l, Gamma), a scalar."""
@@ -102,7 +110,6 @@ class LipschitzNorm(_BatchNorm):
             dims = [d for d in range(x.dim()) if d != 1]
             inverse = self._inverse_slope(x.to(self.log_lipschitz.dtype).var(dims, correction=0))
         else:
-            assert self.running_var is not None
             with torch.no_grad():
                 inverse = self._inverse_slope(self.running_var)
         product = self.lipschitz * inverse
@@ -110,7 +117,7 @@ class LipschitzNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input`` (batch, channels, ...)."""
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         batch_stats = self.training or self.running_mean is None or self.running_var is None
         factor = 0.0 if self.momentum is None else self.momentum
         scale = self._scale(input, batch_stats)  # before the running variance moves
@@ -136,7 +143,8 @@ class LipschitzNorm(_BatchNorm):
     def extra_repr(self) -> str:
         """Show Gamma and where the slope comes from."""
         gamma = self.lipschitz.detach().item()
-        return f"{super().extra_repr()}, lipschitz={gamma:.4g}, stats={self.stats!r}"
+        base = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{base}, lipschitz={gamma:.4g}, stats={self.stats!r}"
 
 
 class LipschitzBatchNorm1d(LipschitzNorm, nn.BatchNorm1d):
@@ -172,6 +180,7 @@ class LipschitzSyncBatchNorm(LipschitzNorm, nn.SyncBatchNorm):
     process_group: Any = None
 
     def __init__(self, *args: Any, process_group: Any = None, **options: Any) -> None:
+        """Check and keep the arguments; the class says what they are."""
         super().__init__(*args, **options)
         if self.stats != "running":
             raise ValueError("stats must be 'running' for SyncBatchNorm, got 'batch'")
@@ -180,10 +189,11 @@ class LipschitzSyncBatchNorm(LipschitzNorm, nn.SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise over all processes, then scale around the shift."""
         scale = self._scale(input, False)
-        out = nn.SyncBatchNorm.forward(self, input)
+        out: Tensor = nn.SyncBatchNorm.forward(self, input)
         if self.bias is None:
-            return out * scale.to(out.dtype)
-        shift = self.bias.view(-1, *[1] * (input.dim() - 2)).to(out.dtype)
+            shift: Tensor = out.new_zeros(())
+        else:
+            shift = self.bias.view(-1, *[1] * (input.dim() - 2)).to(out.dtype)
         return (out - shift) * scale.to(out.dtype) + shift
 
 
@@ -226,7 +236,8 @@ def from_batchnorm(
             f"got {type(norm).__name__}"
         )
     assert isinstance(norm, _BatchNorm)
-    reference = norm.weight if norm.weight is not None else norm.running_mean
+    reference: Any = norm._parameters["weight"]
+    reference = norm.running_mean if reference is None else reference
     kwargs: dict[str, Any] = {"lipschitz": lipschitz, "stats": stats}
     if reference is not None:
         kwargs |= {"device": reference.device, "dtype": reference.dtype}

@@ -181,7 +181,8 @@ class ConvMap:
 
 def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
     """Normalise a vector of any shape."""
-    return x / x.norm().clamp_min(eps)
+    scaled: Tensor = x / x.norm().clamp_min(eps)
+    return scaled
 
 
 def start_vector(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -230,14 +231,14 @@ def frequency_blocks(weight: Tensor, conv: ConvMap) -> Tensor:
         grid = [m + max(a, b) for m, (a, b) in zip(conv.big, conv.pads, strict=True)]
         grid = [max(g, s) for g, s in zip(grid, span, strict=True)]  # no window meets itself
     spread = weight.new_zeros(*weight.shape[:2], *grid)
-    where = (slice(None), slice(None)) + tuple(
-        slice(0, s, d) for s, d in zip(span, conv.dilation, strict=True)
-    )
+    taps = [slice(0, s, d) for s, d in zip(span, conv.dilation, strict=True)]
+    where = (slice(None), slice(None), *taps)
     spread[where] = weight
     axes = tuple(range(2, 2 + len(grid)))
     blocks = torch.fft.fftn(spread, dim=axes).flatten(2)  # (C_out, C_in/g, F)
     blocks = blocks.unflatten(0, (conv.groups, -1))
-    return blocks.permute(0, 3, 1, 2)
+    moved: Tensor = blocks.permute(0, 3, 1, 2)
+    return moved
 
 
 def gram_norm(blocks: Tensor, tol: float) -> Tensor:
@@ -255,7 +256,8 @@ def gram_norm(blocks: Tensor, tol: float) -> Tensor:
         blocks = blocks.mH @ blocks
         power *= 2
     final = torch.linalg.matrix_norm(blocks).clamp_min(tiny)
-    return ((final.log() + log_scale) / power).max().exp()
+    bound: Tensor = ((final.log() + log_scale) / power).max().exp()
+    return bound
 
 
 def conv_operator_norm(
@@ -319,7 +321,8 @@ def conv_operator_norm(
         top: Tensor = torch.linalg.svdvals(dense)[0]
         return top
     if method == "fft":
-        return torch.linalg.svdvals(frequency_blocks(weight, conv)).max()
+        top = torch.linalg.svdvals(frequency_blocks(weight, conv)).max()
+        return top
     if method == "gram":
         return gram_norm(frequency_blocks(weight, conv), tol)
     raise ValueError(f"method must be 'power', 'exact', 'fft' or 'gram', got {method!r}")

@@ -48,6 +48,7 @@ class ConvSpectralNorm(nn.Module):
         mode: Literal["normalize", "clip"] = "normalize",
         eps: float = 1e-12,
     ) -> None:
+        """Check and keep the arguments; the class says what they are."""
         super().__init__()
         self.conv = conv
         self.n_power_iterations = n_power_iterations
@@ -194,7 +195,7 @@ def check_free(module: nn.Module, name: str = "") -> None:
     """Raise TypeError where the weight is lazy, quantised, or already parametrized."""
     label = f"{name or 'module'} ({type(module).__name__})"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        if module.has_uninitialized_params():  # type: ignore[misc]
+        if module.has_uninitialized_params():
             raise TypeError(f"{label} is lazy: run one forward pass before the conversion")
     elif "quantized" in type(module).__module__:
         raise TypeError(f"{label} is quantised: convert the float model first")

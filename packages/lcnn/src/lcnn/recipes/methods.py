@@ -64,13 +64,16 @@ def with_softplus(model: nn.Module, beta: float) -> nn.Module:
     return model
 
 
-def build(model: nn.Module, method: str, example_input: Tensor) -> nn.Module:
+def build(
+    model: nn.Module, method: str, example_input: Tensor, *, beta_init: float = 5.0
+) -> nn.Module:
     """Return ``model``, a plain ReLU network, as a row of the comparison needs it.
 
     Args:
         model: a network with ``nn.ReLU`` modules.
         method: a key of ``METHODS``.
         example_input: one batch.
+        beta_init: where learnable betas start.
 
     Raises:
         ValueError: for an unknown method.
@@ -85,4 +88,4 @@ def build(model: nn.Module, method: str, example_input: Tensor) -> nn.Module:
     row = METHODS[method]
     if row.beta is not None:
         return with_softplus(model, row.beta)
-    return convert(model, example_input, **row.layers)
+    return convert(model, example_input, beta_init=beta_init, **row.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "mlp",
     "resnet18",
     "resnet34",
+    "small_cnn",
     "small_resnet",
     "vgg11",
 ]
@@ -48,6 +50,7 @@ class AveragedBlock(nn.Module):
     """
 
     def __init__(self, make: Any, c_in: int, c_out: int, stride: int = 1) -> None:
+        """Check and keep the arguments; the class says what they are."""
         super().__init__()
         start = make.size
         first = [make.conv(c_in, c_out, 3, stride), make.norm(c_out), make.act()]
@@ -178,6 +181,23 @@ def mlp(*widths: int) -> nn.Sequential:
         torch.Size([1, 2])
     """
     layers: list[nn.Module] = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def small_cnn(num_classes: int = 10) -> nn.Sequential:
+    """Return a plain network for 28x28 images, to be converted: four convolutions, widths 16 to 32.
+
+    Example:
+        >>> import torch
+        >>> small_cnn()(torch.zeros(1, 1, 28, 28)).shape
+        torch.Size([1, 10])
+    """
+    layers: list[nn.Module] = []
+    channels = 1
+    for width, stride in ((16, 2), (16, 1), (32, 2), (32, 1)):
+        conv = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        layers += [conv, nn.BatchNorm2d(width, affine=False), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.AvgPool2d(7), nn.Flatten(), nn.Linear(32, num_classes))

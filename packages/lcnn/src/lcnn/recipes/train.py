@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcnn.adapters.convert import convert
 from lcnn.core.activation import CenteredSoftplus
 from lcnn.core.loss import LCNNLoss, param_groups
-from lcnn.recipes.methods import METHODS, Method, build
+from lcnn.recipes.methods import METHODS, build
 from lcnn.study.attacks import pgd_l2, robust_accuracy
 from lcnn.study.curvature import curvature
 
@@ -26,7 +25,7 @@ class Recipe:
     """Defaults are the paper's CIFAR settings.
 
     ``overrides`` replace the method's loss options, so that one method can be run at other weights.
-    ``seconds`` ends a run early, at the end of an epoch, and puts the drops at 75 % and 87.5 % of that time.
+    ``seconds`` of processor time end a run early, at the end of an epoch, and put the drops at 75 % and 87.5 % of that time.
     """
 
     method: str = "lcnn"
@@ -46,7 +45,7 @@ class Recipe:
 
 @dataclass
 class Run:
-    """A trained network, in evaluation mode, and what it cost."""
+    """A trained network, in evaluation mode, and its cost in seconds of processor time."""
 
     model: nn.Module
     losses: list[float]
@@ -102,6 +101,8 @@ def train(
     y: Tensor,
     recipe: Recipe,
     say: Callable[[str], None] = lambda text: None,
+    *,
+    ready: bool = False,
 ) -> Run:
     """Train one row of the comparison from scratch.
 
@@ -111,6 +112,7 @@ def train(
         y: (n,) labels.
         recipe: the settings.
         say: told the loss after every tenth of the run.
+        ready: ``make`` returns the network as the method needs it, converted already.
 
     Raises:
         ValueError: for an unknown method.
@@ -123,27 +125,29 @@ def train(
         2
     """
     torch.manual_seed(recipe.seed)
-    model, row = _prepare(make(), x[:2], recipe)
+    if recipe.method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {recipe.method!r}")
+    row = METHODS[recipe.method]
+    model = make() if ready else build(make(), recipe.method, x[:2], beta_init=recipe.beta_init)
     criterion = LCNNLoss(model, **{**row.loss, **(recipe.overrides or {})})
     groups = param_groups(model, recipe.weight_decay)
     optimizer = torch.optim.SGD(groups, recipe.lr, recipe.momentum)
     generator = torch.Generator().manual_seed(recipe.seed)
     radius = row.adversarial if recipe.radius is None else recipe.radius
-    start, losses, step = time.perf_counter(), [], 0
+    size = min(recipe.batch_size, len(x))
+    start, losses, step = time.process_time(), [], 0
     model.train()
     for epoch in range(recipe.epochs):
         progress = epoch / recipe.epochs
         if recipe.seconds is not None:
-            progress = max(progress, (time.perf_counter() - start) / recipe.seconds)
+            progress = max(progress, (time.process_time() - start) / recipe.seconds)
             if progress >= 1:
                 break
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * 0.1 ** ((progress >= 0.75) + (progress >= 0.875))
         total = 0.0
         order = torch.randperm(len(x), generator=generator)
-        for index in order[: len(x) // recipe.batch_size * recipe.batch_size].split(
-            recipe.batch_size
-        ):
+        for index in order[: len(x) // size * size].split(size):
             xb, yb = x[index], y[index]
             if recipe.pad or recipe.flip:
                 xb = augment(xb, recipe.pad, recipe.flip, generator)
@@ -155,17 +159,10 @@ def train(
             loss.backward()
             optimizer.step()
             total += loss.item()
-        losses.append(total / max(1, len(x) // recipe.batch_size))
+        losses.append(total / (len(x) // size))
         if epoch % max(1, recipe.epochs // 10) == 0:
             say(f"{row.title}, epoch {epoch + 1}: loss {losses[-1]:.4f}")
-    return Run(model.eval(), losses, time.perf_counter() - start, len(losses))
-
-
-def _prepare(plain: nn.Module, example: Tensor, recipe: Recipe) -> tuple[nn.Module, Method]:
-    if recipe.method not in METHODS or METHODS[recipe.method].beta is not None:
-        return build(plain, recipe.method, example), METHODS[recipe.method]
-    row = METHODS[recipe.method]
-    return convert(plain, example, beta_init=recipe.beta_init, **row.layers), replace(row)
+    return Run(model.eval(), losses, time.process_time() - start, len(losses))
 
 
 def measure(

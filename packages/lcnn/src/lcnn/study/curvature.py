@@ -38,7 +38,8 @@ class CurvatureResult:
 
 
 def _flat_norm(v: Tensor) -> Tensor:
-    return v.flatten(1).norm(dim=1)
+    norm: Tensor = v.flatten(1).norm(dim=1)
+    return norm
 
 
 def _scaled(v: Tensor, factor: Tensor) -> Tensor:
@@ -62,6 +63,14 @@ def check_eval(model: Any, allow_train: bool) -> None:
         )
 
 
+def _grad(out: Tensor, x: Tensor, seed: Tensor | None = None, **options: bool) -> Tensor | None:
+    """One gradient; None where ``out`` does not depend on ``x``."""
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        out, x, seed, allow_unused=True, **options
+    )
+    return found[0]
+
+
 class _Probe:
     """f, its gradient and Hessian-vector products on one batch; one graph for all products."""
 
@@ -82,7 +91,7 @@ class _Probe:
         self.values = per_sample(values, x.shape[0])
         self.g = torch.zeros_like(self.x)
         if values.requires_grad:
-            (g,) = torch.autograd.grad(values.sum(), self.x, create_graph=True, allow_unused=True)
+            g: Tensor | None = _grad(values.sum(), self.x, create_graph=True)
             self.g = self.g if g is None else g
         self.products = 0
 
@@ -91,7 +100,7 @@ class _Probe:
         self.products += 1
         if not self.g.requires_grad:
             return torch.zeros_like(u)
-        (w,) = torch.autograd.grad(self.g, self.x, u, retain_graph=True, allow_unused=True)
+        w = _grad(self.g, self.x, u, retain_graph=True)
         return torch.zeros_like(u) if w is None else w
 
     def hessian(self, rows: int) -> Tensor:
@@ -103,9 +112,7 @@ class _Probe:
         parts = []
         for block in eye.split(rows):
             seeds = block.view(-1, 1, *self.x.shape[1:]).expand(-1, *self.x.shape)
-            (w,) = torch.autograd.grad(
-                self.g, self.x, seeds, retain_graph=True, is_grads_batched=True, allow_unused=True
-            )
+            w = _grad(self.g, self.x, seeds, retain_graph=True, is_grads_batched=True)
             parts.append(seeds.new_zeros(seeds.shape) if w is None else w)
         self.products += size
         return torch.cat(parts).flatten(2).transpose(0, 1)

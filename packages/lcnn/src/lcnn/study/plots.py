@@ -34,7 +34,15 @@ def plot_decision(
         p = model(grid).softmax(1)[:, 1].view(resolution, resolution).T.cpu()
     ax.contourf(first, second, p, levels=20, cmap="RdBu", alpha=0.7)
     ax.contour(first, second, p, levels=[0.5], colors="black")
-    ax.scatter(*x.T.cpu(), c=y.cpu(), cmap="RdBu", s=8, edgecolors="black", linewidths=0.3)
+    ax.scatter(
+        x[:, 0].cpu(),
+        x[:, 1].cpu(),
+        c=y.cpu(),
+        cmap="RdBu",
+        s=8,
+        edgecolors="black",
+        linewidths=0.3,
+    )
     ax.set(xticks=[], yticks=[])
     return ax
 
