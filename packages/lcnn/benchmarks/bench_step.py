@@ -27,7 +27,7 @@ def step(
 
 def main() -> None:
     args = options(__doc__ or "")
-    batch = 128
+    batch = args.batch
     x, y = torch.rand(batch, 3, 32, 32), torch.arange(batch) % 10
     off = {"beta": 0.0, "lipschitz": 0.0}
     plain = resnet18(10, lcnn=False)
@@ -54,7 +54,7 @@ def main() -> None:
         adversarial()
 
     cases["adversarial training, 3 steps"] = attacked
-    times = timed(cases, args.repeats)
+    times = timed(cases, args.repeats, warm=1)
     report(f"ResNet-18, batch {batch}, 3x32x32", times, "ReLU", args)
     save(args, {"times_ms": times})
 

@@ -18,6 +18,7 @@ def options(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=128, help="of bench_step.py")
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -25,14 +26,16 @@ def options(description: str) -> argparse.Namespace:
     return args
 
 
-def timed(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def timed(
+    cases: dict[str, Callable[[], Any]], repeats: int, warm: int = 2
+) -> dict[str, float]:
     """Milliseconds of processor time a call: the median over interleaved repeats, after a warm-up.
 
     Processor time, not wall time: the machine is shared.
     """
     for run in cases.values():
-        run()
-        run()
+        for _ in range(warm):
+            run()
     found: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, run in cases.items():

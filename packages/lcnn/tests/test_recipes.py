@@ -202,10 +202,10 @@ def test_a_timm_network_from_scratch() -> None:
     def make() -> nn.Module:
         return timm.create_model("resnet10t", pretrained=False, num_classes=10, in_chans=1)
 
-    run = train(make, x[:640], d.y[:640], Recipe("lcnn", epochs=3, batch_size=64, lr=0.05))
+    run = train(make, x, d.y, Recipe("lcnn", epochs=4, batch_size=32, lr=0.02))
     with torch.no_grad():
         accuracy = (run.model(test_x).argmax(1) == d.test_y).float().mean()
-    assert accuracy > 0.5
+    assert accuracy > 0.8  # six epochs gave 0.99
     lcnn.curvature(run.model, test_x[:2], d.test_y[:2])
 
 
