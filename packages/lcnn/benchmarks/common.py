@@ -26,9 +26,7 @@ def options(description: str) -> argparse.Namespace:
     return args
 
 
-def timed(
-    cases: dict[str, Callable[[], Any]], repeats: int, warm: int = 2
-) -> dict[str, float]:
+def timed(cases: dict[str, Callable[[], Any]], repeats: int, warm: int = 2) -> dict[str, float]:
     """Milliseconds of processor time a call: the median over interleaved repeats, after a warm-up.
 
     Processor time, not wall time: the machine is shared.

@@ -167,18 +167,25 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, beta = ctx.saved_tensors
         u, w = grads
         wide, s = _wide(x), _slope(_wide(x), beta)
-        bell = s * (1 - s)
-        d_g = u * s + w * _beta_slope(wide, beta)
-        d_x = g * bell * (u * beta + w * wide)
-        d_b = g * (u * wide * bell + w * _beta_curve(wide, beta))
+        if u is None and w is None:
+            return None, None, None
+        both = torch.zeros_like(wide) if u is None else g * u
+        both = both * (s * (1 - s))
+        d_g = torch.zeros_like(wide) if u is None else u * s
+        d_x, d_b = both * beta, both * wide
+        if w is not None:  # only where the gradient of beta is itself differentiated
+            d_g = d_g + w * _beta_slope(wide, beta)
+            d_x = d_x + g * w * wide * (s * (1 - s))
+            d_b = d_b + g * w * _beta_curve(wide, beta)
         return d_g.to(g.dtype), d_x.to(x.dtype), _reduce(d_b, beta)
 
     @staticmethod
