@@ -91,7 +91,7 @@ class LCNNLoss(nn.Module):
         model: the network, converted or not.
         loss_fn: ``"cross_entropy"`` or a function (outputs, y) -> (batch,).
         beta: weight of the betas.
-        lipschitz: weight of |log Gamma|.
+        lipschitz: weight of ``|log Gamma|``.
         form: of the parameters' penalty, see :func:`penalty`.
         gradnorm: weight of the gradient-norm term; 6.1e-3 is the paper's at batch size 128.
         cure: weight of :func:`cure_penalty`; 6.1e-5 in the authors' code at batch size 128.

@@ -28,7 +28,7 @@ Stats = Literal["running", "batch"]
 class LipschitzNorm(_BatchNorm):
     """What the Lipschitz batch norms share (paper, Section 4.2).
 
-    With l = max_c |w_c| / sqrt(var_c + eps) the slope of plain batch norm,
+    With ``l = max_c |w_c| / sqrt(var_c + eps)`` the slope of plain batch norm,
     ``y = min(1, Gamma / l) (BN(x) - b) + b``: plain batch norm while its slope is at most Gamma, scaled
     down otherwise. In evaluation the Lipschitz constant is exactly min(l, Gamma).
 

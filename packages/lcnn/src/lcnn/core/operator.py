@@ -277,8 +277,8 @@ def conv_operator_norm(
     """Return the l2 operator norm of a convolution, a differentiable scalar (paper, Section 4.3).
 
     Args:
-        weight: (C_out, C_in / groups, *kernel) with one to three kernel axes, or (C_in, C_out / groups,
-            *kernel) where ``transposed``.
+        weight: ``(C_out, C_in / groups, *kernel)`` with one to three kernel axes, or ``(C_in, C_out / groups,
+            *kernel)`` where ``transposed``.
         input_size: spatial size of the input, as the layer really sees it.
         stride: as in ``nn.Conv2d``.
         padding: as in ``nn.Conv2d``, ``"same"`` and ``"valid"`` included.

@@ -170,8 +170,8 @@ def penalty(
     Args:
         model: a converted model; shared modules count once.
         beta: weight of the betas; 1e-2 in the authors' present code, 1e-3 in their scripts.
-        lipschitz: weight of |log Gamma|.
-        form: ``"sum"``: beta sum_i beta_i + lipschitz sum_i |log Gamma_i|. ``"log_bound"``: beta times the
+        lipschitz: weight of ``|log Gamma|``.
+        form: ``"sum"``: ``beta sum_i beta_i + lipschitz sum_i |log Gamma_i|``. ``"log_bound"``: beta times the
             logarithm of :func:`curvature_surrogate`. ``"hessian"``: beta times log(1 + h) with h the
             provable Hessian bound, normalised layers taken at their nominal norm. ``lipschitz`` has no part in
             the last two.

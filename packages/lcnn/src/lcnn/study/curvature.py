@@ -205,7 +205,7 @@ def curvature(
         fn: ``"loss"``: cross-entropy of ``y``; ``"logit"``: the logit of ``y``, of the prediction without it;
             or a function (outputs, y) -> (batch,).
         method: ``"power"``: ||H u|| after ``iters`` products, a lower limit that never falls and that a pair of
-            eigenvalues +a, -a does not mislead. ``"lanczos"``: the largest |Ritz value|, as good with
+            eigenvalues +a, -a does not mislead. ``"lanczos"``: the largest absolute Ritz value, as good with
             far fewer products. ``"exact"``: all of H, for inputs of at most 4,096 elements.
         iters: products at most.
         tol: stop when the relative change (power) or residual (Lanczos) of all samples is below it.
