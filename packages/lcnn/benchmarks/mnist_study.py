@@ -34,13 +34,14 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--methods", nargs="*", default=ROWS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for seed in range(args.seeds):
         d = data.load("mnist-test", args.data_dir, seed)
-        for method in ROWS:
+        for method in args.methods:
             recipe = Recipe(
                 method,
                 epochs=1000,
