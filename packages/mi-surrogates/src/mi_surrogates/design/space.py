@@ -207,8 +207,8 @@ class DesignSpace:
 
     def restore(self, theta: Floats) -> Floats:
         """Return a near design that satisfies the soft constraints, too."""
-        if self.violation(theta) <= 1e-9:
-            return np.asarray(theta, dtype=np.float64)
+        if not self.soft or self.violation(theta) <= 1e-9:
+            return self.project(theta)
         soft = [(lambda t, s=s: s.violation(t)) for s in self.soft]
         return nearest_soft(self.project(theta), self.lower, self.upper, self.linear, soft)
 

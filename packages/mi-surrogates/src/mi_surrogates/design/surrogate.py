@@ -152,7 +152,7 @@ class EnsembleSurrogate(_Scaled):
             boot = -torch.log(draw.clamp_min(1e-9)).to(u.device)
         boot = boot.to(u.device) * weight
         boot = boot / boot.sum(1, keepdim=True)
-        decay = [p for p in (*self.net.first, *self.net.weights)]
+        decay = list((*self.net.first, *self.net.weights))
         optimizer = torch.optim.AdamW(
             [
                 {"params": decay, "weight_decay": self.weight_decay},
@@ -167,7 +167,7 @@ class EnsembleSurrogate(_Scaled):
                 group["lr"] = self.lr * (1 - step / self.steps)
             error = self.net(inputs).squeeze(-1) - target
             optimizer.zero_grad()
-            (boot * error.square()).sum().backward()  # type: ignore[no-untyped-call]
+            (boot * error.square()).sum().backward()
             optimizer.step()
         return self
 
@@ -382,12 +382,7 @@ class GPSurrogate(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
-SURROGATES = {
-    "ensemble": EnsembleSurrogate,
-    "mlp": MLPSurrogate,
-    "quadratic": QuadraticSurrogate,
-    "gp": GPSurrogate,
-}
+SURROGATES = ("ensemble", "mlp", "quadratic", "gp")
 
 
 def make_surrogate(
@@ -401,6 +396,8 @@ def make_surrogate(
     """
     if name not in SURROGATES:
         raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {name!r}")
-    if name in ("ensemble", "mlp"):
-        return SURROGATES[name](dim, warm_start=warm_start, generator=generator)  # type: ignore[call-arg]
-    return SURROGATES[name](dim)
+    if name == "ensemble":
+        return EnsembleSurrogate(dim, warm_start=warm_start, generator=generator)
+    if name == "mlp":
+        return MLPSurrogate(dim, warm_start=warm_start, generator=generator)
+    return QuadraticSurrogate(dim) if name == "quadratic" else GPSurrogate(dim)

@@ -33,8 +33,8 @@ class Region:
         if not radius > 0:
             raise ValueError(f"radius must be positive, got {radius}")
         self.center, self.cov, self.radius = np.array(center), np.array(cov), radius
-        self.root: Floats = np.linalg.cholesky(self.cov)
-        self.inverse: Floats = np.linalg.inv(self.root)
+        self.root: Floats = np.asarray(np.linalg.cholesky(self.cov), dtype=np.float64)
+        self.inverse: Floats = np.asarray(np.linalg.inv(self.root), dtype=np.float64)
 
     @property
     def sigma(self) -> Floats:

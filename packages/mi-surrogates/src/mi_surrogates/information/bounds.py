@@ -66,7 +66,7 @@ def infonce(scores: Tensor) -> Tensor:
         ValueError: the last two dimensions differ.
 
     Example:
-        >>> round(infonce(torch.eye(4) * 100).item(), 6) == round(math.log(4), 6)
+        >>> abs(infonce(torch.eye(4) * 100).item() - math.log(4)) < 1e-5
         True
     """
     if scores.shape[-1] != scores.shape[-2]:

@@ -90,7 +90,8 @@ class Frame:
         order = self.order.expand(wanted.shape[0], -1, -1).contiguous()
         places = [torch.searchsorted(order, wanted, right=right) for right in (False, True)]
         share = (places[0] + places[1] + 1).to(values.dtype) / (2 * order.shape[-1] + 2)
-        return torch.special.ndtri(share).mT
+        scores: Tensor = torch.special.ndtri(share).mT
+        return scores
 
 
 class BatchedEstimator:

@@ -22,12 +22,12 @@ def _blocks(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _cholesky(cov: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(cov)
-    smallest = factor.diagonal(dim1=-2, dim2=-1).amin()
+    smallest = factor.detach().diagonal(dim1=-2, dim2=-1).amin()
     if bool((info != 0).any()) or float(smallest) ** 2 < 16 * torch.finfo(cov.dtype).eps:
         raise DegenerateData(
             "the covariance of (x, y) is singular: a column is a copy or a linear function of others"
         )
-    return factor
+    return factor  # type: ignore[no-any-return]
 
 
 def _log_det(factor: Tensor) -> Tensor:
@@ -99,7 +99,8 @@ def gaussian_terms(x: Tensor, y: Tensor) -> Tensor:
         solved = torch.linalg.solve_triangular(_cholesky(block), part.mT, upper=False)
         squares.append(solved.square().sum(-2))
     constant = gaussian_mi_from_cov(cov, dim)
-    return constant[..., None] + (squares[0] + squares[1] - squares[2]) / 2
+    terms: Tensor = constant[..., None] + (squares[0] + squares[1] - squares[2]) / 2
+    return terms
 
 
 def cca_mi(x: Tensor, y: Tensor) -> Tensor:

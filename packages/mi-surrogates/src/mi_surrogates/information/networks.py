@@ -33,6 +33,9 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+BROAD = 1e-4  # weight of the broad component in a decoder's mixture
+
+
 class BatchedMLP(nn.Module):
     """G multilayer perceptrons over several inputs that are concatenated.
 
@@ -158,7 +161,7 @@ class JointCritic(nn.Module):
     def forward(self, x: Tensor, y: Tensor, theta: Tensor | None = None) -> Tensor:
         """Return the scores (M, B) of pairs x (M, B, dx), y (M, B, dy), designs theta (M, F)."""
         parts = (x, y) if theta is None else (x, y, theta[:, None])
-        scores = self.net(*parts).squeeze(-1)
+        scores: Tensor = self.net(*parts).squeeze(-1)
         if self.output_activation is not None:
             scores = ACTIVATIONS[self.output_activation](scores)
         return scores
@@ -211,7 +214,7 @@ class PaperCritic(nn.Module):
         parts = [self.encode_x(x), self.encode_y(y)]
         if self.encode_theta is not None and theta is not None:
             parts.append(self.encode_theta(theta[:, None]))
-        scores = self.head(*parts).squeeze(-1)
+        scores: Tensor = self.head(*parts).squeeze(-1)
         if self.output_activation is not None:
             scores = ACTIVATIONS[self.output_activation](scores)
         return scores
@@ -226,7 +229,7 @@ class Decoder(nn.Module):
     """q(x | y, θ): a mixture of Gaussians with diagonal covariance, or a categorical distribution.
 
     Args:
-        components: Gaussians in the mixture.
+        components: Gaussians in the mixture, beside a fixed one of width 2 and weight 1e-4.
         classes: where positive, x is one label 0 .. classes−1 and q is categorical.
 
     Example:
@@ -270,7 +273,10 @@ class Decoder(nn.Module):
         log_scale = log_scale.clamp(-9, 5)
         z = (x[..., None, :] - mean) * torch.exp(-log_scale)
         density = -(z.square() / 2 + log_scale + math.log(2 * math.pi) / 2).sum(-1)
-        return torch.logsumexp(weight + density, -1)
+        mixture = torch.logsumexp(weight + density, -1)
+        # a little of a fixed broad Gaussian: one event in a far tail cannot ruin a held-out mean
+        broad = -(x.square() / 8 + math.log(8 * math.pi) / 2).sum(-1)
+        return torch.logaddexp(mixture + math.log1p(-BROAD), broad + math.log(BROAD))
 
     def change_theta(self, scale: Tensor, shift: Tensor) -> None:
         """Re-express the input θ (see `BatchedMLP.change_input`)."""

@@ -106,7 +106,7 @@ def simulate(
         if len(found) != 2:
             raise ValueError(f"a simulator must return x and y, got {len(found)} values")
         return _events(found[0], "x", n), _events(found[1], "y", n)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (a simulator may raise anything)
         reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         raise SimulationError(design, seed, reason) from None
 
@@ -120,12 +120,12 @@ def check_picklable(simulator: Simulator, executor: Executor | None) -> None:
         return
     try:
         pickle.dumps(simulator)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (a simulator may raise anything)
         culprit = ""
         for name, value in getattr(simulator, "__dict__", {}).items():
             try:
                 pickle.dumps(value)
-            except Exception:
+            except Exception:  # noqa: BLE001 (a simulator may raise anything)
                 culprit = f"; its attribute {name!r} is what cannot be pickled"
                 break
         raise TypeError(
@@ -224,7 +224,7 @@ def run_trials(
                     found = future.result()
                 except BrokenExecutor:
                     raise
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 (a simulator may raise anything)
                     if not isinstance(error, SimulationError):
                         seed = job.trial.blocks[job.block][1]
                         reason = f"{type(error).__name__}: {error}"

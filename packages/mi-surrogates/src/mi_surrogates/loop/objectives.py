@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ class MIObjective:
         holdout: share of the events for the value.
         device: of the network.
         dtype: of the network.
-        **options: of `MutualInformation`, e.g. `hidden`, `lr`, `x_entropy`, `classes`; `negatives` is 1.
+        **options: of `MutualInformation`, e.g. `hidden`, `lr`, `x_entropy`, `classes`; `negatives` is 1
+            and `hidden` (48, 48).
 
     Example:
         >>> x = torch.randn(4, 200, 1, generator=torch.Generator().manual_seed(0))
@@ -116,8 +118,8 @@ class MIObjective:
         method: str = "mine",
         *,
         amortized: bool = True,
-        steps: int = 150,
-        batch_size: int = 64,
+        steps: int = 100,
+        batch_size: int = 48,
         holdout: float = 0.5,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -127,7 +129,7 @@ class MIObjective:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if not 0 < holdout < 1:
             raise ValueError(f"holdout must be in (0, 1), got {holdout}")
-        options.setdefault("negatives", 1)
+        options = {"negatives": 1, "hidden": (48, 48), **options}
         self.settings = Settings(method, batch_size=batch_size, **options)
         self.amortized, self.steps, self.holdout = amortized, steps, holdout
         self.device, self.dtype = device, dtype
@@ -176,12 +178,13 @@ class MIObjective:
         """Return the network and its optimizer."""
         if self._estimator is None or self._frame is None:
             return {}
-        return {
+        state = {
             "estimator": self._estimator.state_dict(),
             "sizes": list(self._sizes),
             "groups": self._estimator.groups,
             "frame": [torch.from_numpy(part) for part in self._frame],
         }
+        return copy.deepcopy(state)  # Adam's moments would be shared with whoever loads it
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the other objective was."""
@@ -237,10 +240,10 @@ class RecoObjective:
         loss: str | Callable[[Tensor, Tensor], Tensor] = "scaled",
         *,
         log: bool = True,
-        hidden: Sequence[int] = (64, 64),
+        hidden: Sequence[int] = (48, 48),
         gated: bool = False,
-        steps: int = 150,
-        batch_size: int = 64,
+        steps: int = 100,
+        batch_size: int = 48,
         lr: float = 3e-3,
         holdout: float = 0.5,
         validation: float = 0.25,
@@ -325,13 +328,14 @@ class RecoObjective:
         """Return the network and its optimizer."""
         if self._net is None or self._frame is None:
             return {}
-        return {
+        state = {
             "net": self._net.state_dict(),
             "optimizer": self._adam.state_dict(),
             "sizes": list(self._sizes),
             "scale": [self._mean, self._scale],
             "frame": [torch.from_numpy(part) for part in self._frame],
         }
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the other objective was."""

@@ -146,7 +146,7 @@ def optimize(
         >>> from mi_surrogates.loop.objectives import MIObjective
         >>> result = optimize(noisy, space, MIObjective("gaussian"), surrogate="quadratic", designs=8,
         ...                   iterations=8, progress=False)
-        >>> abs(result.theta[0] - 0.7) < 0.1
+        >>> bool(abs(result.theta[0] - 0.7) < 0.1)
         True
     """
     if iterations < 1:
@@ -249,7 +249,8 @@ def _loop(
         record = optimizer.step()
         if store is not None:
             store.save_state(optimizer.state_dict(), [each.as_dict() for each in optimizer.history])
-        if any([hook(record) is True for hook in hooks]):
+        answers = [hook(record) for hook in hooks]
+        if any(answer is True for answer in answers):
             return "callback"
     return optimizer.status
 

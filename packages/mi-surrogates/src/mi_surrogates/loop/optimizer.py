@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -40,7 +41,9 @@ def make_objective(
     if objective == "reco":
         return RecoObjective(device=device, dtype=dtype)
     if isinstance(objective, str):
-        raise ValueError(f"objective must be 'mi', 'reco' or an Objective, got {objective!r}")
+        raise ValueError(  # noqa: TRY004 (an unknown name)
+            f"objective must be 'mi', 'reco' or an Objective, got {objective!r}"
+        )
     return objective
 
 
@@ -102,8 +105,8 @@ class Optimizer:
         ...     for trial in opt.ask():
         ...         opt.tell(trial, np.zeros(1), np.zeros(1))
         ...     iteration = opt.step()
-        >>> round(opt.theta[0], 2)
-        0.7
+        >>> bool(abs(opt.theta[0] - 0.7) < 0.03)
+        True
     """
 
     def __init__(
@@ -349,7 +352,7 @@ class Optimizer:
             chi = float((((v - v.mean()) / np.maximum(s, 1e-12 * noise)) ** 2).sum())
             z = self.region.to_z(np.stack([self._trials[i].theta for i in values]))
             # common random numbers hide a trend in the errors of single values, so look for one, too
-            level = float(v.std()) < 0.1 * noise or (
+            level = float(v.std()) < 0.3 * noise or (
                 chi < freedom + 2 * math.sqrt(2 * freedom) and trend_probability(z, v) > 0.05
             )
         self._flat = self._flat + 1 if level else 0
@@ -488,7 +491,7 @@ class Optimizer:
             RuntimeError: no iteration is finished.
         """
         if self._accepted is None:
-            raise RuntimeError("no iteration is finished")
+            raise RuntimeError("no iteration is finished whose nominal design could be simulated")
         theta, value, stderr = self._accepted
         return OptimizeResult(
             theta.copy(),
@@ -531,7 +534,7 @@ class Optimizer:
             "events": self.total_events,
             "status": self.status,
             "objective": self.objective.state_dict(),
-            "surrogate": self.surrogate.state_dict() if self.history else None,
+            "surrogate": copy.deepcopy(self.surrogate.state_dict()) if self.history else None,
             "told": {str(k): list(v) for k, v in self._told.items()},
             "failed": {str(k): v for k, v in self._failed.items()},
         }

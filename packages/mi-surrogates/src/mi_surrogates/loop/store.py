@@ -9,13 +9,16 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mi_surrogates.errors import CheckpointLocked, CheckpointMismatch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Floats = NDArray[np.floating[Any]]
 _OPEN: set[Path] = set()  # POSIX record locks do not exclude the same process
@@ -109,7 +112,7 @@ class Store:
             detail = "; ".join(f"{k}: {known.get(k)} there, {config.get(k)} here" for k in changed)
             raise CheckpointMismatch(f"{self.path} holds a run of another configuration ({detail})")
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         """Return the store."""
         return self
 

@@ -50,8 +50,8 @@ def differential_entropy(density: Floats, step: float) -> float:
     Example:
         >>> t = np.linspace(-12, 12, 4001)
         >>> p = np.exp(-t**2 / 2) / np.sqrt(2 * np.pi)
-        >>> round(differential_entropy(p, t[1] - t[0]), 6) == round(0.5 * np.log(2 * np.pi * np.e), 6)
-        True
+        >>> round(differential_entropy(p, t[1] - t[0]), 6)
+        1.418939
     """
     safe = np.where(density > 0, density, 1.0)
     values = -density * np.log(safe)

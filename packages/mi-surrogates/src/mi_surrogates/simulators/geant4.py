@@ -138,5 +138,5 @@ def _work(
     try:
         g4.G4Random.setTheSeed(seed % 2**31)
         sender.send(("events", build(g4, theta, n, seed)))
-    except Exception:
+    except Exception:  # noqa: BLE001 (a simulator may raise anything)
         sender.send(("error", traceback.format_exc()))
