@@ -34,9 +34,7 @@ def test_bounds_equal_their_formulas_in_numpy() -> None:
     assert np.allclose(smile(POS, NEG, 1.0), p.mean(-1) - np.log(clipped), atol=1e-13)
     shannon = -np.log1p(np.exp(-p)).mean(-1) - np.log1p(np.exp(q)).mean(-1)
     assert np.allclose(js(POS, NEG), shannon, atol=1e-13)
-    rows = [
-        np.mean([m[i, i] - np.log(np.exp(m[i]).mean()) for i in range(6)]) for m in s
-    ]
+    rows = [np.mean([m[i, i] - np.log(np.exp(m[i]).mean()) for i in range(6)]) for m in s]
     assert np.allclose(infonce(SQUARE), rows, atol=1e-13)
 
 
@@ -59,7 +57,9 @@ def test_smile_without_clipping_is_donsker_varadhan() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 20), st.integers(0, 10_000), st.floats(0.01, 500))
-def test_infonce_never_exceeds_the_logarithm_of_the_batch(size: int, seed: int, scale: float) -> None:
+def test_infonce_never_exceeds_the_logarithm_of_the_batch(
+    size: int, seed: int, scale: float
+) -> None:
     scores = scale * torch.randn(
         size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -117,7 +117,9 @@ def test_optimal_critic_of_a_gaussian_gives_the_truth() -> None:
     block = 500  # InfoNCE's bias at the optimum is of order e^I / B
     blocks = x.reshape(-1, block), y.reshape(-1, block)
     nce = infonce(ratio(blocks[0][:40, :, None], blocks[1][:40, None, :])).mean().item()
-    assert truth - 3 * math.exp(truth) / block < nce < truth + 3 * pos.std().item() / math.sqrt(20_000)
+    assert (
+        truth - 3 * math.exp(truth) / block < nce < truth + 3 * pos.std().item() / math.sqrt(20_000)
+    )
 
 
 def test_moving_average_makes_the_batch_gradient_that_of_the_full_batch() -> None:

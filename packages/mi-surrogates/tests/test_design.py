@@ -80,7 +80,9 @@ def test_contradictory_and_violated_constraints_are_infeasible() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(0, 3), st.integers(0, 10_000))
-def test_projection_is_the_nearest_feasible_point_and_idempotent(dim: int, rows: int, seed: int) -> None:
+def test_projection_is_the_nearest_feasible_point_and_idempotent(
+    dim: int, rows: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     inside = rng.random(dim)
     linear = []
@@ -172,7 +174,9 @@ def test_quadratic_surrogate_is_weighted_least_squares() -> None:
 
 
 def test_points_with_large_errors_count_less() -> None:
-    weight = check_points(points(1, 2), torch.tensor([0.0, 1.0]).double(), torch.tensor([0.1, 1.0]), None)
+    weight = check_points(
+        points(1, 2), torch.tensor([0.0, 1.0]).double(), torch.tensor([0.1, 1.0]), None
+    )
     # errors of 0.1 and 1, and a floor of 2 % of the spread 0.5
     expected = (1 + 1e-4) / (0.01 + 1e-4)
     assert (weight[0] / weight[1]).item() == pytest.approx(expected, rel=1e-5)
@@ -196,7 +200,9 @@ def test_surrogates_learn_a_hill_and_round_trip(name: str) -> None:
         assert torch.allclose(twin(probe)[0], mean, atol=1e-5)
 
 
-@pytest.mark.parametrize("surrogate", [EnsembleSurrogate(2), MLPSurrogate(2), QuadraticSurrogate(2)])
+@pytest.mark.parametrize(
+    "surrogate", [EnsembleSurrogate(2), MLPSurrogate(2), QuadraticSurrogate(2)]
+)
 def test_surrogates_compile(surrogate: nn.Module) -> None:
     probe = torch.randn(7, 2)
     compiled = torch.compile(surrogate, fullgraph=True, backend="aot_eager")
@@ -230,8 +236,14 @@ def test_warm_started_surrogate_is_the_same_function_in_a_new_frame() -> None:
         (lambda: EnsembleSurrogate(2, members=0), "members"),
         (lambda: EnsembleSurrogate(0), "dim"),
         (lambda: QuadraticSurrogate(3).fit(points(3, 4), torch.zeros(4)), "at least 5 designs"),
-        (lambda: QuadraticSurrogate(1).fit(points(1, 9), torch.zeros(9, 1)), r"value must be \(9,\)"),
-        (lambda: EnsembleSurrogate(1).fit(points(1, 9), torch.zeros(9, 1)), r"value must be \(9,\)"),
+        (
+            lambda: QuadraticSurrogate(1).fit(points(1, 9), torch.zeros(9, 1)),
+            r"value must be \(9,\)",
+        ),
+        (
+            lambda: EnsembleSurrogate(1).fit(points(1, 9), torch.zeros(9, 1)),
+            r"value must be \(9,\)",
+        ),
         (lambda: EnsembleSurrogate(1).fit(torch.zeros(9), torch.zeros(9)), "theta must be"),
         (lambda: EnsembleSurrogate(1).fit(points(1, 2) / 0, torch.zeros(2)), "finite"),
         (lambda: Region(np.zeros(1), np.eye(1), 0.0), "radius"),

@@ -34,7 +34,9 @@ FAST = {"hidden": (32, 32), "max_steps": 400, "batch_size": 128}
 BIAS = {"infonce": 0.06}  # its bias at the optimum is of order e^I / B
 
 
-@pytest.mark.parametrize("method", ["mine", "nwj", "infonce", "js", "smile", "ba", "ksg", "gaussian"])
+@pytest.mark.parametrize(
+    "method", ["mine", "nwj", "infonce", "js", "smile", "ba", "ksg", "gaussian"]
+)
 def test_every_method_finds_the_information_of_a_gaussian(method: str) -> None:
     est = mutual_information(*gaussian(0.9, 4000), method, **FAST)
     assert est.stderr > 0
@@ -101,7 +103,9 @@ def test_categorical_decoder_knows_labels() -> None:
     truth = math.log(4) + p_zero * float((posterior * np.log(posterior)).sum())
     est = mutual_information(x, y, "ba", classes=4, x_entropy=math.log(4), **FAST)
     assert est.value == pytest.approx(truth, abs=3 * est.stderr + 0.01)
-    assert mutual_information(x, y, "ba", classes=4, **FAST).value == pytest.approx(est.value, abs=0.01)
+    assert mutual_information(x, y, "ba", classes=4, **FAST).value == pytest.approx(
+        est.value, abs=0.01
+    )
     with pytest.raises(ValueError, match="labels 0"):
         mutual_information(x - 1, y, "ba", classes=4)
 
@@ -144,7 +148,9 @@ def test_null_tells_dependence_from_independence() -> None:
     x, y = gaussian(0.5, 400)
     assert mutual_information(x, y).null(19).p_value == 0.05
     unrelated = gaussian(0.0, 400, 5)[1]
-    null = mutual_information(x, unrelated, "mine", hidden=(8,), max_steps=50, batch_size=64, units="bits").null(9)
+    null = mutual_information(
+        x, unrelated, "mine", hidden=(8,), max_steps=50, batch_size=64, units="bits"
+    ).null(9)
     assert null.p_value > 0.05
     assert abs(null.bias) < 3 * float(null.values.std())
     with pytest.raises(ValueError, match="n must be"):
@@ -190,7 +196,11 @@ def test_held_out_curve_stops_training_of_noise() -> None:
         (lambda x, y: mutual_information(x, y.to(torch.complex64)), ValueError, "real numbers"),
         (lambda x, y: mutual_information(x.numpy() + 1j, y), ValueError, "real numbers"),
         (lambda x, y: mutual_information(np.array(["a"] * 100), y), ValueError, "real numbers"),
-        (lambda x, y: mutual_information(torch.tensor(1.0), y), ValueError, "one row for each event"),
+        (
+            lambda x, y: mutual_information(torch.tensor(1.0), y),
+            ValueError,
+            "one row for each event",
+        ),
         (lambda x, y: mutual_information(x * 0, y), DegenerateData, "x is the same"),
         (lambda x, y: mutual_information(x, y * 0), DegenerateData, "y is the same"),
         (lambda x, y: mutual_information(x, y, critic="deep"), ValueError, "critic"),
@@ -211,7 +221,9 @@ def test_bad_input_is_named(call, error, message: str) -> None:
 def test_batched_networks_are_single_networks() -> None:
     """M networks in one product against a loop of torch.nn layers with the same weights."""
     generator = torch.Generator().manual_seed(0)
-    net = BatchedMLP([2, 3], [5, 4], 1, groups=4, act="silu", generator=generator, dtype=torch.float64)
+    net = BatchedMLP(
+        [2, 3], [5, 4], 1, groups=4, act="silu", generator=generator, dtype=torch.float64
+    )
     a, b = (torch.randn(4, 10, d, generator=generator, dtype=torch.float64) for d in (2, 3))
     out = net(a, b)
     for m in range(4):
@@ -318,7 +330,9 @@ def test_all_pairs_are_every_x_with_every_y() -> None:
 def test_pairs_are_permuted_within_a_design_only() -> None:
     """Designs that differ in y alone: permuting across them would see information that is not there."""
     x = torch.randn(2, 500, 1, generator=torch.Generator().manual_seed(0))
-    y = torch.randn(2, 500, 1, generator=torch.Generator().manual_seed(1)) + torch.tensor([[[0.0]], [[9.0]]])
+    y = torch.randn(2, 500, 1, generator=torch.Generator().manual_seed(1)) + torch.tensor(
+        [[[0.0]], [[9.0]]]
+    )
     estimator = BatchedEstimator(Settings("mine", hidden=(16,), standardize=False), 1, 1, 1)
     theta = torch.tensor([[0.0], [1.0]])
     estimator.fit(x[:, :250], y[:, :250], theta, steps=150)

@@ -9,9 +9,9 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from geant4_build import build
 
 import mi_surrogates.simulators.command as command_module
-from geant4_build import build
 from mi_surrogates.errors import Geant4DataMissing, MissingExtra
 from mi_surrogates.simulators import (
     MATERIALS,
@@ -91,7 +91,9 @@ def test_resolution_is_a_stochastic_a_constant_and_a_noise_term() -> None:
 def test_more_light_makes_the_resolution_better() -> None:
     theta, energies = np.array([0.05, 60.0] * 3), np.array([1.0, 2.0])
     dark, bright = (
-        resolutions(SamplingCalorimeter(["Pb", "PbWO4"] * 3, light=light, noise=0.0), theta, energies)
+        resolutions(
+            SamplingCalorimeter(["Pb", "PbWO4"] * 3, light=light, noise=0.0), theta, energies
+        )
         for light in (0.05, 2.0)
     )
     assert (bright < dark).all()
@@ -183,7 +185,9 @@ def test_programs_write_events_in_every_format(kind: str) -> None:
 
 def test_shell_script_gets_numbers_and_variables(tmp_path: Path) -> None:
     script = tmp_path / "sim.sh"
-    script.write_text('printf "x,y\\n" > "$1"; for i in $(seq $2); do echo "$i,$BIAS" >> "$1"; done')
+    script.write_text(
+        'printf "x,y\\n" > "$1"; for i in $(seq $2); do echo "$i,$BIAS" >> "$1"; done'
+    )
     run = CommandSimulator(
         ["sh", str(script), "{out}", "{n}"], ["a"], output="csv", env={"BIAS": "4"}
     )
@@ -226,7 +230,7 @@ def test_root_files_go_through_uproot(tmp_path: Path, monkeypatch: pytest.Monkey
             return {"x": np.ones(3), "y": np.zeros(3)}
 
     class File(dict):
-        def __enter__(self) -> File:
+        def __enter__(self):
             return self
 
         def __exit__(self, *_: object) -> None:
@@ -245,13 +249,13 @@ def test_parquet_without_pandas_names_the_extra(monkeypatch: pytest.MonkeyPatch)
         command_module.read_events(Path("a.parquet"), ["x"], ["y"])
 
 
-FAKE = '''
+FAKE = """
 class G4Random:
     seed = None
     @classmethod
     def setTheSeed(cls, seed):
         cls.seed = seed
-'''
+"""
 
 
 @pytest.fixture
@@ -285,7 +289,7 @@ def test_geant4_runs_each_design_in_a_seeded_process_of_its_own(
         run(np.array([-1.0]), 4, 11)
     with pytest.raises(RuntimeError, match="died with status 7"):
         run(np.array([60.0]), 4, 11)
-    with pytest.raises(TimeoutError, match="killed after 0.1 s"):
+    with pytest.raises(TimeoutError, match=r"killed after 0\.1 s"):
         Geant4Simulator(build, module="fake_geant4", timeout=0.1)(np.array([30.0]), 4, 11)
     monkeypatch.setitem(sys.modules, "no_such_geant4", None)
     pipe = Pipe()
@@ -293,7 +297,9 @@ def test_geant4_runs_each_design_in_a_seeded_process_of_its_own(
     assert pipe.sent == ("missing", None)
 
 
-def test_geant4_data_are_checked_before_the_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_geant4_data_are_checked_before_the_import(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("GEANT4_DATA_DIR", raising=False)
     for variable in ("G4LEDATA", "G4PARTICLEXSDATA", "G4ENSDFSTATEDATA", "G4LEVELGAMMADATA"):
         monkeypatch.delenv(variable, raising=False)

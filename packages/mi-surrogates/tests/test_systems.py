@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 import toy_simulators as toys
+
 from mi_surrogates import (
     CheckpointLocked,
     CheckpointMismatch,
@@ -106,8 +106,14 @@ def test_dead_worker_is_a_clear_error_and_loses_nothing(tmp_path: Path) -> None:
         pytest.raises(SimulationError, match="worker process died"),
     ):
         optimize(
-            toys.kills_its_worker, toys.space(), MIObjective("gaussian"), surrogate="quadratic",
-            designs=8, events=100, progress=False, executor=pool,
+            toys.kills_its_worker,
+            toys.space(),
+            MIObjective("gaussian"),
+            surrogate="quadratic",
+            designs=8,
+            events=100,
+            progress=False,
+            executor=pool,
         )
     assert (tmp_path / "state.pt").exists()
 
@@ -119,7 +125,9 @@ def trials(count: int) -> list[Trial]:
 
 def test_hanging_simulations_are_given_up_after_the_timeout() -> None:
     done, failed = [], {}
-    many = [Trial(0, i, np.array([t, 0.0]), ((20, i),)) for i, t in enumerate([0.100001, 0.1, 0.200001])]
+    many = [
+        Trial(0, i, np.array([t, 0.0]), ((20, i),)) for i, t in enumerate([0.100001, 0.1, 0.200001])
+    ]
     with ThreadPoolExecutor(3) as pool:
         run_trials(
             toys.hangs_sometimes,
@@ -147,14 +155,22 @@ def test_failed_calls_are_repeated_with_the_same_seed(threads: int) -> None:
     failed: list[SimulationError] = []
     pool = ThreadPoolExecutor(threads) if threads else None
     run_trials(
-        flaky, trials(4), lambda t, x, y: done.append(t.design), lambda t, e: failed.append(e),
-        executor=pool, retries=2,
+        flaky,
+        trials(4),
+        lambda t, x, y: done.append(t.design),
+        lambda t, e: failed.append(e),
+        executor=pool,
+        retries=2,
     )
     assert sorted(done) == [0, 1, 2, 3]
     calls.clear()
     run_trials(
-        flaky, trials(4), lambda t, x, y: done.append(t.design), lambda t, e: failed.append(e),
-        executor=pool, retries=1,
+        flaky,
+        trials(4),
+        lambda t, x, y: done.append(t.design),
+        lambda t, e: failed.append(e),
+        executor=pool,
+        retries=1,
     )
     assert sorted(e.design for e in failed) == [0, 1, 2, 3]
     assert "the network blinked" in str(failed[0])
@@ -173,8 +189,12 @@ def test_executor_that_fails_in_its_own_way_is_a_failed_trial() -> None:
 
     failed = []
     run_trials(
-        toys.linear, [Trial(0, 0, np.ones(2), ((5, 1), (5, 2)))], print,
-        lambda t, e: failed.append(str(e)), executor=Odd(), retries=0,
+        toys.linear,
+        [Trial(0, 0, np.ones(2), ((5, 1), (5, 2)))],
+        print,
+        lambda t, e: failed.append(str(e)),
+        executor=Odd(),
+        retries=0,
     )
     assert failed == ["design 0, seed 1: KeyError: 'lost in transport'"]
 
@@ -260,8 +280,11 @@ def test_killed_at_twenty_random_moments_the_run_ends_at_the_same_design(tmp_pat
     script = tmp_path / "crash.py"
     script.write_text(CRASH.format(here=str(HERE)))
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True,
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
     assert done.stdout.strip() == "True True 0", done.stderr
 
@@ -306,7 +329,9 @@ def test_two_processes_cannot_share_a_folder_and_a_dead_one_frees_it(tmp_path: P
     Store(tmp_path, {}).close()
 
 
-def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a"
     write_atomically(path, b"old")
 
@@ -332,8 +357,12 @@ def test_memory_of_a_hundred_iterations_is_flat(tmp_path: Path) -> None:
 
     tracemalloc.start()
     run(
-        checkpoint=tmp_path, objective=MIObjective("gaussian"), iterations=100, events=2000,
-        callbacks=[remember], sigma_min=0.5,
+        checkpoint=tmp_path,
+        objective=MIObjective("gaussian"),
+        iterations=100,
+        events=2000,
+        callbacks=[remember],
+        sigma_min=0.5,
     )
     tracemalloc.stop()
     grown = sizes[1] - sizes[0]
@@ -363,13 +392,22 @@ def test_command_line_runs_resumes_and_reports(
     (tmp_path / "space.toml").write_text(SPACE)
     monkeypatch.chdir(HERE)
     folder = str(tmp_path / "run")
-    common = ["toy_simulators:linear", "--space", str(tmp_path / "space.toml"), "--method", "gaussian"]
+    common = [
+        "toy_simulators:linear",
+        "--space",
+        str(tmp_path / "space.toml"),
+        "--method",
+        "gaussian",
+    ]
     common += ["--surrogate", "quadratic", "--designs", "8", "--events", "100", "--quiet"]
     assert main(["run", *common, "--checkpoint", folder, "--iterations", "2", "--json"]) == 0
     first = json.loads(capsys.readouterr().out)
     assert first["iterations"] == 2
     out = str(tmp_path / "r.pt")
-    assert main(["resume", folder, "--iterations", "4", "--quiet", "--workers", "2", "--out", out]) == 0
+    assert (
+        main(["resume", folder, "--iterations", "4", "--quiet", "--workers", "2", "--out", out])
+        == 0
+    )
     assert "ended by" in capsys.readouterr().out
     assert Path(out).exists()
     picture = tmp_path / "p.png"
@@ -382,7 +420,9 @@ def test_command_line_runs_resumes_and_reports(
     assert main(["run", *common, "--objective", "reco", "--iterations", "1"]) == 0
 
 
-def test_command_line_estimates_and_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_estimates_and_lists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     x, y = toys.linear(np.array([0.7, 0.4]), 600, 0)
     np.savez(tmp_path / "d.npz", x=x, y=y)
     data = str(tmp_path / "d.npz")
@@ -417,7 +457,10 @@ def test_command_line_estimates_and_lists(tmp_path: Path, capsys: pytest.Capture
     ],
 )
 def test_command_line_says_what_is_wrong(
-    arguments, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -439,7 +482,13 @@ def test_failing_run_has_status_one(
 ) -> None:
     (tmp_path / "s.toml").write_text(SPACE)
     monkeypatch.chdir(HERE)
-    arguments = ["run", "toy_simulators:always_fails", "--space", str(tmp_path / "s.toml"), "--quiet"]
+    arguments = [
+        "run",
+        "toy_simulators:always_fails",
+        "--space",
+        str(tmp_path / "s.toml"),
+        "--quiet",
+    ]
     assert main(arguments) == 1
     assert "no licence" in capsys.readouterr().err
 
@@ -450,6 +499,9 @@ def test_module_runs_as_a_program_without_optional_libraries() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     done = subprocess.run(
-        [sys.executable, "-m", "mi_surrogates", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "mi_surrogates", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "estimate" in done.stdout

@@ -46,7 +46,13 @@ def _surrogate(result: OptimizeResult, ax: Any) -> None:
     with torch.no_grad():
         mean, std = result.surrogate(z)
     ax.errorbar(
-        result.values[near], mean.numpy(), std.numpy(), result.stderrs[near], fmt="o", ms=3, alpha=0.5
+        result.values[near],
+        mean.numpy(),
+        std.numpy(),
+        result.stderrs[near],
+        fmt="o",
+        ms=3,
+        alpha=0.5,
     )
     ends = [float(result.values[near].min()), float(result.values[near].max())]
     ax.plot(ends, ends, color="0.6", lw=1)

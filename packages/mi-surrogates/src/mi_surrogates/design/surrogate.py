@@ -152,7 +152,7 @@ class EnsembleSurrogate(_Scaled):
             boot = -torch.log(draw.clamp_min(1e-9)).to(u.device)
         boot = boot.to(u.device) * weight
         boot = boot / boot.sum(1, keepdim=True)
-        decay = list((*self.net.first, *self.net.weights))
+        decay = [*self.net.first, *self.net.weights]
         optimizer = torch.optim.AdamW(
             [
                 {"params": decay, "weight_decay": self.weight_decay},

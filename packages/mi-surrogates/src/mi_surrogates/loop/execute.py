@@ -120,7 +120,7 @@ def check_picklable(simulator: Simulator, executor: Executor | None) -> None:
         return
     try:
         pickle.dumps(simulator)
-    except Exception as error:  # noqa: BLE001 (a simulator may raise anything)
+    except Exception as error:
         culprit = ""
         for name, value in getattr(simulator, "__dict__", {}).items():
             try:

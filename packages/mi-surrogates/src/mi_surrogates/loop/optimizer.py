@@ -353,7 +353,7 @@ class Optimizer:
             z = self.region.to_z(np.stack([self._trials[i].theta for i in values]))
             # common random numbers hide a trend in the errors of single values, so look for one, too
             level = float(v.std()) < 0.3 * noise or (
-                chi < freedom + 2 * math.sqrt(2 * freedom) and trend_probability(z, v) > 0.05
+                chi < freedom + 2 * math.sqrt(2 * freedom) and trend_probability(z, v) > 0.01
             )
         self._flat = self._flat + 1 if level else 0
         self._moved = self._moved or not level
