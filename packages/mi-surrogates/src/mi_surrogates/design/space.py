@@ -179,7 +179,7 @@ class DesignSpace:
 
         Args:
             function: differentiable, (B, F) to (B,).
-            upper: the violation that counts is relative to |upper|.
+            upper: the violation that counts is relative to the size of upper.
         """
         soft = Soft(function, float(upper))
         soft.violation(torch.from_numpy(self.initial)[None])

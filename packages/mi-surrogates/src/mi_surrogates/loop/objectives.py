@@ -210,7 +210,7 @@ class RecoObjective:
     """−log of the mean loss of a reconstruction x̂ = r(y, θ), on events that were not trained on.
 
     Args:
-        loss: "scaled" ((x̂ − x)²/(|x| + 1), AIDO), "mse", "relative" ((x̂ − x)²/max(x, 1)²), or a
+        loss: "scaled" ((x̂ − x)²/(abs(x) + 1), AIDO), "mse", "relative" ((x̂ − x)²/max(x, 1)²), or a
             function of x̂ and x (..., dx) that returns (...), in physical units.
         log: take −log of the mean loss, which makes it free of scale; otherwise −mean.
         hidden: hidden layers.
@@ -381,3 +381,23 @@ class CallableObjective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing."""
+
+
+def make_objective(
+    objective: str | Objective, device: Any = None, dtype: torch.dtype = torch.float32
+) -> Objective:
+    """Return the objective of a name: "mi" or "reco".
+
+    Example:
+        >>> type(make_objective("mi")).__name__
+        'MIObjective'
+    """
+    if objective == "mi":
+        return MIObjective(device=device, dtype=dtype)
+    if objective == "reco":
+        return RecoObjective(device=device, dtype=dtype)
+    if isinstance(objective, str):
+        raise ValueError(  # noqa: TRY004 (an unknown name)
+            f"objective must be 'mi', 'reco' or an Objective, got {objective!r}"
+        )
+    return objective

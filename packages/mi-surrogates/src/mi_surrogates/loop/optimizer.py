@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -11,59 +10,27 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import fdtrc
-from torch import Tensor, nn
+from torch import Tensor
 
 from mi_surrogates.design.space import DesignSpace
 from mi_surrogates.design.surrogate import make_surrogate
 from mi_surrogates.design.trust import Region, Step, ascend, rescaled, stretched
 from mi_surrogates.errors import SimulationError, SurrogateError
 from mi_surrogates.information.estimate import as_events
+from mi_surrogates.loop import state
+from mi_surrogates.loop.checks import check_counts, check_positive, is_level
 from mi_surrogates.loop.execute import Trial, seed_of
 from mi_surrogates.loop.history import History, Iteration, OptimizeResult
-from mi_surrogates.loop.objectives import Batch, MIObjective, Objective, RecoObjective
+from mi_surrogates.loop.objectives import (
+    Batch,
+    MIObjective,
+    Objective,
+    RecoObjective,
+    make_objective,
+)
 
 Floats = NDArray[np.float64]
 ADAPT = ("trust", "stretch", "none")
-
-
-def make_objective(
-    objective: str | Objective, device: Any = None, dtype: torch.dtype = torch.float32
-) -> Objective:
-    """Return the objective of a name: "mi" or "reco".
-
-    Example:
-        >>> type(make_objective("mi")).__name__
-        'MIObjective'
-    """
-    if objective == "mi":
-        return MIObjective(device=device, dtype=dtype)
-    if objective == "reco":
-        return RecoObjective(device=device, dtype=dtype)
-    if isinstance(objective, str):
-        raise ValueError(  # noqa: TRY004 (an unknown name)
-            f"objective must be 'mi', 'reco' or an Objective, got {objective!r}"
-        )
-    return objective
-
-
-def trend_probability(z: Floats, value: Floats) -> float:
-    """Return the p-value of an F test for a linear dependence of value (P,) on z (P, F).
-
-    Example:
-        >>> z = np.linspace(-1, 1, 10)[:, None]
-        >>> trend_probability(z, z[:, 0]) < 1e-6 < trend_probability(z, z[:, 0] ** 2)
-        True
-    """
-    size, dim = z.shape
-    if size < dim + 2:
-        return 0.0
-    design = np.column_stack([np.ones(size), z])
-    fitted = design @ np.linalg.lstsq(design, value, rcond=None)[0]
-    left = float(((value - fitted) ** 2).sum())
-    explained = float(((fitted - value.mean()) ** 2).sum())
-    ratio = (explained / dim) / max(left / (size - dim - 1), 1e-300)
-    return float(fdtrc(dim, size - dim - 1, ratio))
 
 
 class Optimizer:
@@ -141,20 +108,16 @@ class Optimizer:
                 f"a quadratic surrogate of {space.dim} parameters needs designs >= {space.dim + 2}, "
                 f"got {designs}"
             )
-        for name, number, least in (
-            ("designs", designs, 2),
-            ("events", events, 1),
-            ("epochs", epochs, 1),
-            ("reuse", reuse, 0),
-            ("block", events if block is None else block, 1),
-        ):
-            if number < least:
-                raise ValueError(f"{name} must be at least {least}, got {number}")
-        for name, value in (("kappa", kappa), ("lr", lr), ("trust_radius", trust_radius)):
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if not 0 < sigma_min <= sigma_max:
-            raise ValueError(f"sigma_min must be in (0, sigma_max], got {sigma_min}, {sigma_max}")
+        check_counts(
+            designs=(designs, 2),
+            events=(events, 1),
+            epochs=(epochs, 1),
+            reuse=(reuse, 0),
+            block=(events if block is None else block, 1),
+        )
+        check_positive(kappa=kappa, lr=lr, trust_radius=trust_radius, sigma_min=sigma_min)
+        if sigma_min > sigma_max:
+            raise ValueError(f"sigma_min must be at most sigma_max, got {sigma_min}, {sigma_max}")
         space.check_initial()
         self.space = space
         self.objective = make_objective(objective, device, dtype)
@@ -312,11 +275,10 @@ class Optimizer:
         self._points += [(self._trials[i].theta, *values[i], self.iteration) for i in values]
         self._update_multipliers(nominal)
         step = self._move()
-        mine = values.get(0, (math.nan, math.nan))
         record = Iteration(
             self.iteration,
             nominal.tolist(),
-            *mine,
+            *values.get(0, (math.nan, math.nan)),
             accepted,
             ratio,
             step.theta.tolist(),
@@ -344,17 +306,8 @@ class Optimizer:
 
     def _check_flat(self, values: dict[int, tuple[float, float]]) -> None:
         """Count iterations in which all values agree within their errors."""
-        v, s = np.array(list(values.values())).T
-        freedom = len(v) - 1
-        noise = float(np.median(s))
-        level = bool(np.ptp(v) == 0)
-        if noise > 0 and not level:
-            chi = float((((v - v.mean()) / np.maximum(s, 1e-12 * noise)) ** 2).sum())
-            z = self.region.to_z(np.stack([self._trials[i].theta for i in values]))
-            # common random numbers hide a trend in the errors of single values, so look for one, too
-            level = float(v.std()) < 0.3 * noise or (
-                chi < freedom + 2 * math.sqrt(2 * freedom) and trend_probability(z, v) > 0.01
-            )
+        z = self.region.to_z(np.stack([self._trials[i].theta for i in values]))
+        level = is_level(z, *np.array(list(values.values())).T)
         self._flat = self._flat + 1 if level else 0
         self._moved = self._moved or not level
         if (
@@ -443,7 +396,7 @@ class Optimizer:
                     generator=generator,
                 )
             self.surrogate.generator = generator  # type: ignore[assignment]
-            self._fit(self.surrogate, z, value, errors, weight)
+            self.surrogate.fit(z, value, errors, weight)  # type: ignore[operator]
             try:
                 return ascend(
                     self.surrogate,
@@ -460,10 +413,6 @@ class Optimizer:
         raise SurrogateError(
             f"the surrogate {self.surrogate_name!r} has no finite gradient at the nominal design"
         )
-
-    @staticmethod
-    def _fit(surrogate: nn.Module, *data: Any) -> None:
-        surrogate.fit(*data)  # type: ignore[operator]
 
     def _advance(self, record: Iteration, step: Step) -> None:
         """Make the step's end the next center."""
@@ -490,84 +439,12 @@ class Optimizer:
         Raises:
             RuntimeError: no iteration is finished.
         """
-        if self._accepted is None:
-            raise RuntimeError("no iteration is finished whose nominal design could be simulated")
-        theta, value, stderr = self._accepted
-        return OptimizeResult(
-            theta.copy(),
-            value,
-            stderr,
-            list(self.space.names),
-            History(self.history, self.space.names),
-            np.stack([p[0] for p in self._points]),
-            np.array([p[1] for p in self._points]),
-            np.array([p[2] for p in self._points]),
-            self.total_events,
-            seconds,
-            self.space.violation(theta),
-            status or self.status,
-            self.surrogate,
-            self.region,
-        )
+        return state.result(self, status, seconds)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as tensors, numbers and strings, events told so far included."""
-        points = [
-            torch.tensor([*t, v, s, float(i)], dtype=torch.float64) for t, v, s, i in self._points
-        ]
-        last, accepted, previous = self._last, self._accepted, self._previous
-        return {
-            "center": torch.from_numpy(self.region.center),
-            "cov": torch.from_numpy(self.region.cov),
-            "points": torch.stack(points) if points else None,
-            "history": [each.as_dict() for each in self.history],
-            "last": None
-            if last is None
-            else [torch.from_numpy(last.theta), last.gain, last.at_boundary, last.length],
-            "previous": None if previous is None else [torch.from_numpy(p) for p in previous],
-            "accepted": None
-            if accepted is None
-            else [torch.from_numpy(accepted[0]), accepted[1], accepted[2]],
-            "best": [self._best, self._since_best, self._flat, self._moved],
-            "multipliers": self.multipliers,
-            "penalty": self.penalty,
-            "events": self.total_events,
-            "status": self.status,
-            "objective": self.objective.state_dict(),
-            "surrogate": copy.deepcopy(self.surrogate.state_dict()) if self.history else None,
-            "told": {str(k): list(v) for k, v in self._told.items()},
-            "failed": {str(k): v for k, v in self._failed.items()},
-        }
+        return state.dump(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on where the other optimizer, made with the same arguments, was."""
-        cov = state["cov"].numpy()
-        self.region = Region(state["center"].numpy(), cov, self.region.radius)
-        dim = self.space.dim
-        rows = [] if state["points"] is None else state["points"].numpy()
-        self._points = [
-            (row[:dim].copy(), float(row[dim]), float(row[dim + 1]), int(row[dim + 2]))
-            for row in rows
-        ]
-        self.history = History((Iteration(**row) for row in state["history"]), self.space.names)
-        last, previous, accepted = state["last"], state["previous"], state["accepted"]
-        self._last = None if last is None else Step(last[0].numpy(), *last[1:])
-        self._previous = None
-        if previous is not None:
-            self._previous = (previous[0].numpy(), previous[1].numpy())
-        self._accepted = None
-        if accepted is not None:
-            self._accepted = (accepted[0].numpy(), accepted[1], accepted[2])
-        self._best, self._since_best, self._flat, self._moved = state["best"]
-        self.multipliers, self.penalty = state["multipliers"], state["penalty"]
-        self.total_events, self.status = state["events"], state["status"]
-        self.objective.load_state_dict(state["objective"])
-        self.surrogate = make_surrogate(
-            self.surrogate_name, dim, warm_start=self.warm_start, generator=torch.Generator()
-        )
-        if state["surrogate"] is not None:
-            self.surrogate.load_state_dict(state["surrogate"])
-            self.surrogate.fitted = True  # type: ignore[assignment]
-        self._begin()
-        self._told = {int(k): (v[0], v[1]) for k, v in state["told"].items()}
-        self._failed = {int(k): v for k, v in state["failed"].items()}
+        state.load(self, saved)

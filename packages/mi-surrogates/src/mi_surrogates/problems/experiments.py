@@ -92,7 +92,7 @@ def regression_information(theta: Floats) -> float:
 class SensorRing:
     """Fleuret's toy: a particle leaves the origin at an angle, sensors of radius r fire if it crosses them.
 
-    θ = (x1, y1, …, xK, yK). Sensor j fires if |−sin β x_j + cos β y_j| ≤ r and the particle flies towards
+    θ = (x1, y1, …, xK, yK). Sensor j fires if abs(−sin β x_j + cos β y_j) ≤ r and the particle flies towards
     it, with β = α + U(−ε/2, ε/2). x = (cos α, sin α), y has K bits.
 
     Args:

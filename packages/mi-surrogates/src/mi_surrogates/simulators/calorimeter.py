@@ -91,7 +91,7 @@ class SamplingCalorimeter:
     (20 %/√E at one radiation length), Poisson statistics of the light, a spread of the gain and noise.
 
     Args:
-        materials: names in `MATERIALS` or `Material`s, absorber and scintillator in turn, 2 L of them.
+        materials: names in `MATERIALS`, or instances of `Material`, absorber and scintillator in turn, 2 L of them.
         energies: range of the uniform energy in GeV.
         light: photo-electrons per MeV.
         gain: relative spread of a layer's gain.
