@@ -65,7 +65,7 @@ class Geant4Simulator:
     Args:
         build: picklable `(g4, theta, n, seed) -> (x, y)`. It gets the module `geant4_pybind` in a fresh
             process whose engine is seeded, builds the detector with one run manager, runs n events and
-            returns arrays. `examples/geant4` has one.
+            returns arrays.
         timeout: seconds for one design.
         module: what is imported in the process.
 
