@@ -1,0 +1,1 @@
+"""Surgery on the user's model: conversion, calibration, restoration, checkpoints."""

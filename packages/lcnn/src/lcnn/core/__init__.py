@@ -1,0 +1,1 @@
+"""The method: activation, normalisation, operator norms, bound, penalties, objective."""

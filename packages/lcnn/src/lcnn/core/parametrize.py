@@ -1,0 +1,217 @@
+"""Spectral normalisation of convolutions by their true operator norm, as a parametrization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+
+from lcnn.core.activation import positive
+from lcnn.core.operator import ConvMap, start_vector, unit
+
+__all__ = ["ConvSpectralNorm", "conv_spectral_norm", "linear_spectral_norm"]
+
+CONVS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def _in_backward() -> bool:
+    """Tell whether a checkpointed forward is running again inside the backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class ConvSpectralNorm(nn.Module):
+    """W -> W target / sigma(W), sigma from one power step per training forward (Section 4.3)."""
+
+    _u: Tensor
+    _v: Tensor
+    _sigma: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        conv: ConvMap,
+        *,
+        n_power_iterations: int = 1,
+        init_iterations: int = 15,
+        target: float = 1.0,
+        mode: Literal["normalize", "clip"] = "normalize",
+        eps: float = 1e-12,
+    ) -> None:
+        """Check and keep the arguments; the class says what they are."""
+        super().__init__()
+        self.conv = conv
+        self.n_power_iterations = n_power_iterations
+        self.target = target
+        self.mode = mode
+        self.eps = eps
+        source, image = conv.shapes(weight)
+        self.register_buffer("_u", start_vector(image, weight.detach()))
+        self.register_buffer("_v", start_vector(source, weight.detach()))
+        self.register_buffer("_sigma", torch.zeros((), dtype=weight.dtype, device=weight.device))
+        self.power_step(weight, init_iterations)
+
+    @torch.no_grad()
+    def power_step(self, weight: Tensor, count: int) -> None:
+        """Run ``count`` power iterations in place; sigma and both vectors are the buffers."""
+        u, v = self._u, self._v
+        for _ in range(count):
+            v = unit(self.conv.adjoint(weight, u), self.eps)
+            u = unit(self.conv.forward(weight, v), self.eps)
+        self._u.copy_(u)
+        self._v.copy_(v)
+
+    def sigma(self, weight: Tensor) -> Tensor:
+        """Return <u, A_W v>, whose gradient is that of the norm with u and v held fixed."""
+        u, v = self._u.clone(), self._v.clone()  # a later step must not touch what backward needs
+        return (u * self.conv.forward(weight, v)).sum()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight that the convolution uses."""
+        with torch.autocast(weight.device.type, enabled=False):
+            if self.training and not _in_backward():
+                self.power_step(weight.detach(), self.n_power_iterations)
+            sigma = self.sigma(weight)
+            with torch.no_grad():
+                self._sigma.copy_(sigma)
+            factor = self.target / sigma.clamp_min(self.eps)
+            if self.mode == "clip":
+                factor = factor.clamp_max(1.0)
+            return weight * torch.where(sigma < self.eps, torch.ones_like(factor), factor)
+
+    def extra_repr(self) -> str:
+        """Show the sizes that the norm belongs to."""
+        return f"size={self.conv.big}, target={self.target:.4g}, mode={self.mode!r}"
+
+
+def _rebuild(
+    kind: type[nn.Module], state: dict[str, Any], name: str, original: Tensor, parts: Any
+) -> nn.Module:
+    module = kind.__new__(kind)
+    module.__dict__.update(state)
+    module.register_parameter(name, nn.Parameter(original, original.requires_grad))
+    for part in parts:
+        parametrize.register_parametrization(module, name, part, unsafe=True)
+    return pickles(module)
+
+
+def _reduce(module: Any, protocol: int) -> Any:
+    """Pickle a parametrized layer as the plain one and its parametrizations."""
+    state = {**module.__dict__, "_modules": dict(module._modules)}
+    parametrizations = state["_modules"].pop("parametrizations")["weight"]
+    original = parametrizations.original.detach().requires_grad_(
+        parametrizations.original.requires_grad
+    )
+    kind = type(module).__mro__[1]
+    return _rebuild, (kind, state, "weight", original, list(parametrizations))
+
+
+def pickles(module: nn.Module) -> nn.Module:
+    """Let a layer with a parametrized weight be pickled, which torch by itself refuses."""
+    kind: Any = type(module)
+    kind.__reduce_ex__ = _reduce
+    return module
+
+
+def conv_spectral_norm(
+    conv: nn.Module,
+    input_size: Sequence[int],
+    *,
+    n_power_iterations: int = 1,
+    init_iterations: int = 15,
+    target: float = 1.0,
+    mode: Literal["normalize", "clip"] = "normalize",
+    eps: float = 1e-12,
+) -> nn.Module:
+    """Divide a convolution's weight by the norm of the linear map that it is (Section 4.3).
+
+    ``torch.nn.utils.parametrizations.spectral_norm`` divides by the norm of the reshaped weight, which can
+    be smaller than the operator's by up to sqrt(kh kw). The gradient flows through the norm.
+
+    Args:
+        conv: ``nn.Conv1d/2d/3d`` or ``nn.ConvTranspose1d/2d/3d``, changed in place; any stride, padding,
+            padding mode, dilation, groups.
+        input_size: spatial size of the layer's input.
+        n_power_iterations: per training forward; none in evaluation. Default 1.
+        init_iterations: at registration. Default 15.
+        target: the norm wanted. Default 1.
+        mode: ``"normalize"`` always, or ``"clip"`` only where the norm exceeds ``target``.
+        eps: below it a weight counts as zero and stays as it is.
+
+    Returns:
+        ``conv``; its weight is ``conv.parametrizations.weight.original`` now.
+
+    Raises:
+        TypeError: for another kind of module, or a weight that is already parametrized.
+        ValueError: for a size that does not fit or a target that is not positive.
+
+    Example:
+        >>> conv = conv_spectral_norm(torch.nn.Conv2d(3, 5, 3, padding=1), (8, 8))
+        >>> sorted(name for name, _ in conv.named_buffers())[0]
+        'parametrizations.weight.0._sigma'
+    """
+    if not isinstance(conv, CONVS):
+        raise TypeError(f"conv_spectral_norm takes nn.Conv* modules, got {type(conv).__name__}")
+    check_free(conv)
+    if mode not in ("normalize", "clip"):
+        raise ValueError(f"mode must be 'normalize' or 'clip', got {mode!r}")
+    part = ConvSpectralNorm(
+        conv.weight,
+        ConvMap.of(conv, input_size),
+        n_power_iterations=n_power_iterations,
+        init_iterations=init_iterations,
+        target=positive("target", target),
+        mode=mode,
+        eps=eps,
+    ).train(conv.training)
+    parametrize.register_parametrization(conv, "weight", part, unsafe=True)
+    return pickles(conv)
+
+
+def refresh(part: Any, weight: Tensor, count: int) -> None:
+    """Iterate a spectral norm, ours or torch's, ``count`` times."""
+    if isinstance(part, ConvSpectralNorm):
+        part.power_step(weight, count)
+    elif hasattr(part, "_power_method"):
+        part._power_method(part._reshape_weight_to_matrix(weight), count)
+
+
+def is_normalized(module: nn.Module) -> bool:
+    """Tell whether this package has parametrized a layer."""
+    return vars(type(module)).get("__reduce_ex__") is _reduce
+
+
+def check_free(module: nn.Module, name: str = "") -> None:
+    """Raise TypeError where the weight is lazy, quantised, or already parametrized."""
+    label = f"{name or 'module'} ({type(module).__name__})"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        if module.has_uninitialized_params():
+            raise TypeError(f"{label} is lazy: run one forward pass before the conversion")
+    elif "quantized" in type(module).__module__:
+        raise TypeError(f"{label} is quantised: convert the float model first")
+    if parametrize.is_parametrized(module, "weight") or hasattr(module, "weight_g"):
+        raise TypeError(
+            f"{label} already has a parametrized weight or weight_norm: remove it first"
+        )
+
+
+def linear_spectral_norm(linear: nn.Module) -> nn.Module:
+    """Apply torch's own matrix spectral norm, in place, in a form that can be pickled.
+
+    Example:
+        >>> layer = linear_spectral_norm(torch.nn.Linear(3, 2)).eval()
+        >>> round(torch.linalg.matrix_norm(layer.weight, 2).item(), 3)
+        1.0
+    """
+    check_free(linear)
+    return pickles(spectral_norm(linear))

@@ -1,0 +1,1 @@
+"""Measuring networks: curvature, gradient stability, attacks, figures."""
