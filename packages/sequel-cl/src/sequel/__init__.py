@@ -29,8 +29,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     **dict.fromkeys(
-        "AGEM DER DERpp ER EWC GEM ICaRL Joint KCL LFL LaMAML LwF MAS MCSGD Naive SI StableSGD "
-        "Algorithm Quadratic ALGORITHMS".split(),
+        ["AGEM", "DER", "DERpp", "ER", "EWC", "GEM", "ICaRL", "Joint", "KCL", "LFL", "LaMAML", "LwF", "MAS", "MCSGD", "Naive", "SI", "StableSGD", "Algorithm", "Quadratic", "ALGORITHMS"],
         "sequel.algorithms",
     ),
     "Learner": "sequel.learner",
@@ -44,10 +43,7 @@ _HOME = {
     "WandbLogger": "sequel.loggers",
     "fit_seeds": "sequel.seeds",
 }
-_MODULES = (
-    "algorithms callbacks checkpoint data functional integrations loggers metrics nn ops plot rng "
-    "scenarios testing torch"
-).split()
+_MODULES = ["algorithms", "callbacks", "checkpoint", "data", "functional", "loggers", "metrics", "nn", "ops", "plot", "rng", "scenarios", "testing", "torch"]
 
 if TYPE_CHECKING:
     from sequel import (
@@ -56,7 +52,6 @@ if TYPE_CHECKING:
         checkpoint,
         data,
         functional,
-        integrations,
         loggers,
         metrics,
         nn,
@@ -132,7 +127,6 @@ __all__ = [
     "data",
     "fit_seeds",
     "functional",
-    "integrations",
     "loggers",
     "metrics",
     "nn",

@@ -240,7 +240,9 @@ class ReplayBuffer:
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the fields of add() have different lengths: {lengths}")
         if self.fields and set(rows) != set(self.fields):
-            raise ValueError(f"add() got fields {sorted(rows)}, the buffer has {sorted(self.fields)}")
+            raise ValueError(
+                f"add() got fields {sorted(rows)}, the buffer has {sorted(self.fields)}"
+            )
         for name, value in rows.items():
             if name not in self.fields:
                 self.fields[name] = self._allocate(name, value)

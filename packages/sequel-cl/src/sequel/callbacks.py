@@ -32,9 +32,7 @@ HOOKS = tuple(f"on_{w}_{h}" for h in _PAIRED for w in ("before", "after")) + (
     "on_resume",
     "on_consolidate",
 )
-INNER = tuple(
-    f"on_{w}_{h}" for h in ("backward", "optimizer_step") for w in ("before", "after")
-)
+INNER = tuple(f"on_{w}_{h}" for h in ("backward", "optimizer_step") for w in ("before", "after"))
 
 
 class Callback:

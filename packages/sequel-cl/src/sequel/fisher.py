@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -130,7 +129,9 @@ class Layers:
                 return None
         outputs = [taken[layer][0][1] for layer in self.layers]
         total: Tree = {}
-        for loss, v in scalars(logits):
+        with torch.enable_grad():
+            losses = list(scalars(logits))
+        for loss, v in losses:
             deltas = torch.autograd.grad(loss, outputs, retain_graph=True)
             for layer, delta in zip(self.layers, deltas, strict=True):
                 self._add(total, layer, taken[layer][0][0], delta, v, power)
@@ -258,9 +259,7 @@ def fisher_diagonal(
     first = next(model.parameters())
     ops = TorchOps(first.device)
     wrapped = TorchModel(model, ops, forward=forward)
-    tree: Tree = {
-        name: p for name, p in wrapped.live.items() if params is None or params(name, p)
-    }
+    tree: Tree = {name: p for name, p in wrapped.live.items() if params is None or params(name, p)}
     if len(tree) == len(wrapped.live):
         tree = wrapped.live
     layers = Layers(model, tree)
@@ -342,9 +341,7 @@ class Sums:
             out: Tensor = self.model.forward(self.model.live, x, False)
             return out
 
-        return closed_sums(
-            self.layers, run, self.kind, self.temperature, self.masked, y, t, w, u
-        )
+        return closed_sums(self.layers, run, self.kind, self.temperature, self.masked, y, t, w, u)
 
 
 def _agree(a: Tree, b: Tree) -> bool:
@@ -353,5 +350,3 @@ def _agree(a: Tree, b: Tree) -> bool:
         return float((p - q).abs().max()) <= 1e-3 * scale
 
     return all(close(a[name], b[name]) for name in b)
-
-

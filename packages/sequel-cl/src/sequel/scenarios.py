@@ -113,7 +113,9 @@ class Dataset:
             return Dataset(*(np.asarray(p) for p in parts))
         if len(parts) == 2 and not _is_array(parts[0]):
             return Dataset(*_unroll(parts[0]), *_unroll(parts[1]))
-        x, y = _unroll(parts[0]) if len(parts) == 1 else (np.asarray(parts[0]), np.asarray(parts[1]))
+        x, y = (
+            _unroll(parts[0]) if len(parts) == 1 else (np.asarray(parts[0]), np.asarray(parts[1]))
+        )
         if len(x) != len(y):
             raise ValueError(f"x and y differ in length: {len(x)} and {len(y)}")
         test = np.arange(len(x)) % 5 == 4

@@ -226,7 +226,9 @@ class Algorithm:
         """Return the parameters with which the model is evaluated."""
         return params
 
-    def predict(self, ops: Ops, params: Tree, model: Any, x: Array, t: Array, state: State) -> Array:
+    def predict(
+        self, ops: Ops, params: Tree, model: Any, x: Array, t: Array, state: State
+    ) -> Array:
         """Return class scores (B, C); the task's mask is applied afterwards."""
         return model.forward(params, x, False)
 

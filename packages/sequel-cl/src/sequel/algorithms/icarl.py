@@ -79,7 +79,9 @@ class ICaRL(Algorithm):
         logits = ctx.forward(params, ctx.batch.x)
         target = ops.one_hot(ctx.batch.y, ctx.info.n_classes, logits)
         if ctx.past != 0:
-            old = ops.sigmoid(ops.stop_gradient(ctx.forward(state["old"], ctx.batch.x, train=False)))
+            old = ops.sigmoid(
+                ops.stop_gradient(ctx.forward(state["old"], ctx.batch.x, train=False))
+            )
             target = ops.where(state["old_classes"] > 0, old, target)
         each = ops.softplus(logits) - target * logits  # binary cross-entropy on logits
         return ctx.mean((each * state["classes"]).sum(-1), ctx.batch.w), {"logits": logits}
@@ -115,7 +117,9 @@ class ICaRL(Algorithm):
             "rank": ops.asarray(rank),
         }
 
-    def predict(self, ops: Ops, params: Tree, model: Any, x: Array, t: Array, state: State) -> Array:
+    def predict(
+        self, ops: Ops, params: Tree, model: Any, x: Array, t: Array, state: State
+    ) -> Array:
         phi = model.features(params, x, False)
         phi = phi / ops.clip(ops.sqrt((phi * phi).sum(-1)), 1e-12, None)[:, None]
         means = state["means"]

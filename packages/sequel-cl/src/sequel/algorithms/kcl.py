@@ -125,7 +125,9 @@ class KCL(Algorithm):
             value = value + self.tau * 0.5 * (log_v0 - log_v + ratio - 1).sum()
         return value, {"logits": scores}
 
-    def predict(self, ops: Ops, params: Tree, model: Any, x: Array, t: Array, state: State) -> Array:
+    def predict(
+        self, ops: Ops, params: Tree, model: Any, x: Array, t: Array, state: State
+    ) -> Array:
         task = t[0]
         cx, cy = ops.take(state["x"], task), ops.take(state["y"], task)
         inner, h = model.features(params, cx, False), model.features(params, x, False)

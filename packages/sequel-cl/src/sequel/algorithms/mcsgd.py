@@ -109,7 +109,9 @@ class MCSGD(Algorithm):
         return out
 
     def _slope(self, ops: Ops, tools: Tools) -> Any:
-        def slope(w: Tree, bar: Tree, hat: Tree, memory: Tree, previous: Array, current: Array) -> Tree:
+        def slope(
+            w: Tree, bar: Tree, hat: Tree, memory: Tree, previous: Array, current: Array
+        ) -> Tree:
             batch = Batch(memory["x"], memory["y"], memory["t"])
             total = ops.zeros_like(w)
             for i in range(self.line_samples + 1):

@@ -21,13 +21,9 @@ def join(ops: Ops, a: Batch, b: Batch) -> Batch:
     w = None
     if a.w is not None or b.w is not None:
         some = a.w if a.w is not None else b.w
-        ones = [
-            part.w if part.w is not None else ops.cast(part.y * 0 + 1, some) for part in (a, b)
-        ]
+        ones = [part.w if part.w is not None else ops.cast(part.y * 0 + 1, some) for part in (a, b)]
         w = ops.concat(ones)
-    return Batch(
-        ops.concat([a.x, b.x]), ops.concat([a.y, b.y]), ops.concat([a.t, b.t]), w
-    )
+    return Batch(ops.concat([a.x, b.x]), ops.concat([a.y, b.y]), ops.concat([a.t, b.t]), w)
 
 
 @dataclass(frozen=True)

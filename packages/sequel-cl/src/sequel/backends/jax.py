@@ -73,9 +73,7 @@ class JaxModel:
         leaves, self.tree = jax.tree_util.tree_flatten_with_path(model.params)
         self.names = [_name(path) for path, _ in leaves]
         # Copies: the training state is donated to the compiled step.
-        self.start: Tree = {
-            n: jnp.array(v) for n, (_, v) in zip(self.names, leaves, strict=True)
-        }
+        self.start: Tree = {n: jnp.array(v) for n, (_, v) in zip(self.names, leaves, strict=True)}
         self.dtype = leaves[0][1].dtype
         self.encoder_names = frozenset(
             n for n in self.names if n.startswith((model.encoder + ".", model.encoder + "/"))

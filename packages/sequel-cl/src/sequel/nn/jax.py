@@ -75,7 +75,9 @@ def MLP(
     names = []
     for i, width in enumerate(hidden):
         names.append(f"encoder.{1 + step * i}")
-        params[f"{names[-1]}.weight"], params[f"{names[-1]}.bias"] = _linear(rng, last, width, dtype)
+        params[f"{names[-1]}.weight"], params[f"{names[-1]}.bias"] = _linear(
+            rng, last, width, dtype
+        )
         last = width
     params["classifier.weight"], params["classifier.bias"] = _linear(rng, last, outputs, dtype)
 
