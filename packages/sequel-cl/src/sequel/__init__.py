@@ -29,7 +29,28 @@ __version__ = "0.1.0"
 
 _HOME = {
     **dict.fromkeys(
-        ["AGEM", "DER", "DERpp", "ER", "EWC", "GEM", "ICaRL", "Joint", "KCL", "LFL", "LaMAML", "LwF", "MAS", "MCSGD", "Naive", "SI", "StableSGD", "Algorithm", "Quadratic", "ALGORITHMS"],
+        [
+            "AGEM",
+            "DER",
+            "DERpp",
+            "ER",
+            "EWC",
+            "GEM",
+            "ICaRL",
+            "Joint",
+            "KCL",
+            "LFL",
+            "LaMAML",
+            "LwF",
+            "MAS",
+            "MCSGD",
+            "Naive",
+            "SI",
+            "StableSGD",
+            "Algorithm",
+            "Quadratic",
+            "ALGORITHMS",
+        ],
         "sequel.algorithms",
     ),
     "Learner": "sequel.learner",
@@ -43,7 +64,22 @@ _HOME = {
     "WandbLogger": "sequel.loggers",
     "fit_seeds": "sequel.seeds",
 }
-_MODULES = ["algorithms", "callbacks", "checkpoint", "data", "functional", "loggers", "metrics", "nn", "ops", "plot", "rng", "scenarios", "testing", "torch"]
+_MODULES = [
+    "algorithms",
+    "callbacks",
+    "checkpoint",
+    "data",
+    "functional",
+    "loggers",
+    "metrics",
+    "nn",
+    "ops",
+    "plot",
+    "rng",
+    "scenarios",
+    "testing",
+    "torch",
+]
 
 if TYPE_CHECKING:
     from sequel import (

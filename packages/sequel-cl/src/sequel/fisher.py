@@ -143,6 +143,7 @@ class Layers:
         for name, (owner, key) in self.owner.items():
             if owner is not layer:
                 continue
+            a, delta = a.to(v.dtype), delta.to(v.dtype)  # autocast
             if isinstance(layer, nn.Linear):
                 d, rows = _power(delta, power), _power(a, power)
                 part = (v[:, None] * d).T @ rows if key == "weight" else v @ d

@@ -282,7 +282,11 @@ class TorchBackend:
         if emit is not None:
             emit("after_backward")
             emit("before_optimizer_step")
-        if self.nan == "raise" or all(bool(torch.isfinite(g).all()) for g in grads.values()) or self.nan == "warn":
+        if (
+            self.nan == "raise"
+            or all(bool(torch.isfinite(g).all()) for g in grads.values())
+            or self.nan == "warn"
+        ):
             self.optimizer.step()
         if emit is not None:
             emit("after_optimizer_step")

@@ -2,7 +2,7 @@
 
 from sequel.data.cifar import cifar10, cifar100, tiny_imagenet
 from sequel.data.digits import digits
-from sequel.data.mnist import fashion, kmnist, mnist, mnist_test
+from sequel.data.idx import fashion, kmnist, mnist, mnist_test
 
 __all__ = [
     "cifar10",

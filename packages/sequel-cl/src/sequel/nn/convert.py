@@ -12,37 +12,32 @@ from sequel.nn.torch import CNN, MLP
 __all__ = ["params_to_jax", "params_to_torch", "to_jax"]
 
 
-def _swap(name: str, value: np.ndarray[Any, Any], image: Any, back: bool) -> np.ndarray[Any, Any]:
+def _swap(name: str, value: np.ndarray[Any, Any], back: bool) -> np.ndarray[Any, Any]:
     if value.ndim == 4:
-        return value.transpose((3, 2, 0, 1) if back else (2, 3, 1, 0))
-    if value.ndim != 2 or not name.endswith("weight"):
-        return value
-    if image is not None and name.startswith("classifier"):
-        c, h, w = image
-        if back:
-            return value.reshape(h, w, c, -1).transpose(3, 2, 0, 1).reshape(value.shape[1], -1)
-        return value.reshape(-1, c, h, w).transpose(2, 3, 1, 0).reshape(-1, len(value))
-    return value.T
+        value = value.transpose((3, 2, 0, 1) if back else (2, 3, 1, 0))
+    elif value.ndim == 2 and name.endswith("weight"):
+        value = value.T
+    return np.ascontiguousarray(value)
 
 
 def params_to_jax(model: nn.Module, params: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the parameters of a zoo model as NumPy arrays in JAX's layout.
 
-    Linear weights are transposed, kernels go from OIHW to HWIO, and the layer after a flattened image has its
-    inputs reordered from (C, H, W) to (H, W, C). ``params`` are other trees of the same names.
+    Linear weights are transposed and kernels go from OIHW to HWIO. The zoo's JAX models flatten images in
+    PyTorch's order, so the layer behind needs no more. ``params`` are other trees of the same names.
     """
     source = dict(model.named_parameters()) if params is None else params
-    image = getattr(model, "image", None)
-    host = {k: np.array(v.detach() if hasattr(v, "detach") else v) for k, v in source.items()}
-    return {k: np.ascontiguousarray(_swap(k, v, image, False)) for k, v in host.items()}
+    host = {
+        k: v.detach().cpu().numpy() if hasattr(v, "detach") else np.asarray(v)
+        for k, v in source.items()
+    }
+    return {k: _swap(k, v, False) for k, v in host.items()}
 
 
 def params_to_torch(model: nn.Module, params: dict[str, Any]) -> dict[str, Any]:
     """Return JAX parameters of a zoo model in PyTorch's layout, as NumPy arrays."""
-    image = getattr(model, "image", None)
-    return {
-        k: np.ascontiguousarray(_swap(k, np.asarray(v), image, True)) for k, v in params.items()
-    }
+    names = {name for name, _ in model.named_parameters()}
+    return {k: _swap(k, np.asarray(v), True) for k, v in params.items() if k in names}
 
 
 def to_jax(model: MLP | CNN) -> Any:

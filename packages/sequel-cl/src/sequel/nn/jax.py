@@ -140,7 +140,8 @@ def CNN(
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
             x = jax.nn.relu(x + p[f"encoder.{2 * i}.bias"])
-        return x.reshape(len(x), -1)
+        # Features in PyTorch's order: what algorithms store of them is the same in both backends.
+        return jnp.transpose(x, (0, 3, 1, 2)).reshape(len(x), -1)
 
     def apply(p: Any, x: Any) -> Any:
         return encode(p, x) @ p["classifier.weight"] + p["classifier.bias"]

@@ -68,7 +68,6 @@ class CNN(nn.Module):
             last, h, w = width, (h + 1) // 2, (w + 1) // 2
         self.encoder = nn.Sequential(*parts, nn.Flatten())
         self.classifier = nn.Linear(last * h * w, outputs)
-        self.image = (last, h, w)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits."""
