@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -26,7 +28,7 @@ def test_vectorised_reservoir_equals_the_sequential_one(
     seen: int, n: int, capacity: int, seed: int
 ) -> None:
     u = np.random.default_rng(seed).random(n)
-    held = {i: -1 for i in range(capacity)}
+    held = dict.fromkeys(range(capacity), -1)
     for i in range(n):
         number = seen + i
         slot = number if number < capacity else min(int(u[i] * (number + 1)), number)
@@ -120,7 +122,9 @@ def test_herding_policy_keeps_an_equal_share_of_the_best_exemplars() -> None:
         x = torch.arange(20) + 100 * label
         buffer.add(x=x, y=torch.full((20,), label), features=phi)
         kept[label] = (F.herding(phi, 4) + 100 * label).tolist()
-    assert sorted(buffer.sample(12)["x"].tolist()) == sorted(sum(kept.values(), []))
+    assert sorted(buffer.sample(12)["x"].tolist()) == sorted(
+        functools.reduce(operator.iadd, kept.values(), [])
+    )
     with pytest.raises(ValueError, match="features"):
         buffer.add(x=torch.zeros(1, dtype=torch.int64), y=torch.zeros(1, dtype=torch.int64))
 

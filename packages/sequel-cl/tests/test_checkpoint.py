@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -76,21 +77,28 @@ for line in sys.stdin:
 """
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", server], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", server, str(tmp_path / "warm"), str(tmp_path / "warm.st")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
 
     def attempt(folder: Path, out: Path, slow: int, wait: float | None) -> None:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         process.stdin.write(f"{folder} {out} {slow}\n")
         process.stdin.flush()
         pid = int(process.stdout.readline())
         if wait is not None:
             time.sleep(wait)
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was done
+                os.kill(pid, signal.SIGKILL)
         assert process.stdout.readline().strip() == "end"
 
     try:
+        assert process.stdout.readline().strip() == "ready"
         start = time.perf_counter()
         attempt(tmp_path / "whole", tmp_path / "whole.st", 0, None)
         length = time.perf_counter() - start

@@ -122,7 +122,7 @@ def test_lists_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_repro_runs_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in recipes.REPRO:
-        extra = ["--set", "glances=1"] if "lamaml" in name else []
+        extra = ["--set", "glances=1", "--set", "memory=20"] if "lamaml" in name else []
         assert main(["repro", name, *FAST, *extra, "--out", str(tmp_path)]) == 0
         assert "published: acc" in capsys.readouterr().err
 
@@ -160,6 +160,7 @@ def test_unknown_settings_and_data(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recipes.make_dataset("digits", None, flat=False).x_train.shape == (1400, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_spawned_workers(tmp_path: Path) -> None:
     from sequel.cli import _pool
 

@@ -13,10 +13,10 @@ import sequel
 from .conftest import small_scenario
 
 jax = pytest.importorskip("jax")
-import optax  # noqa: E402
-from flax import linen, nnx  # noqa: E402
+import optax
+from flax import linen, nnx
 
-from sequel.nn.jax import FunctionalModel, from_linen  # noqa: E402
+from sequel.nn.jax import FunctionalModel, from_linen
 
 jnp = jax.numpy
 
@@ -61,6 +61,7 @@ def test_flax_models_with_running_statistics(algorithm: Any) -> None:
         (Plain(), plain),
     ):
         learner = sequel.Learner(model, optax.adam(1e-2), algorithm, batch_size=9)
+        learner.setup(scenario)
         before = jax.tree_util.tree_map(np.asarray, learner.backend.arrays()["buffers"])
         result = learner.fit(scenario, epochs=4)
         assert result.losses[-1] < result.losses[0]

@@ -111,7 +111,8 @@ def test_datasets_come_in_many_forms() -> None:
         assert S.Dataset.of(form).n_classes == 6
     assert len(S.Dataset.of((x, y)).x_test) == 18
     scenario = S.from_datasets([(x, y, xt, yt)] * 2, kind="task")
-    assert scenario.mask is not None and scenario.mask.all()
+    assert scenario.mask is not None
+    assert scenario.mask.all()
     assert "2 tasks" in repr(scenario)
 
 

@@ -258,10 +258,7 @@ class ReplayBuffer:
             labels = np.zeros(n, dtype=np.int64)
         else:
             labels = np.asarray(rows["y"].cpu()) if "y" in rows else np.zeros(n, dtype=np.int64)
-        if self.policy == "herding":
-            slots = self._herd(labels, features)
-        else:
-            slots = self.slots.add(labels)
+        slots = self._herd(labels, features) if self.policy == "herding" else self.slots.add(labels)
         kept = torch.from_numpy(np.flatnonzero(slots < self.capacity))
         where = torch.from_numpy(slots)[kept].to(self.device)
         for name, value in rows.items():

@@ -27,7 +27,8 @@ _PAIRED = (
     "validating_algorithm_on_all_tasks",
     "teardown",
 )
-HOOKS = tuple(f"on_{w}_{h}" for h in _PAIRED for w in ("before", "after")) + (
+HOOKS = (
+    *tuple(f"on_{w}_{h}" for h in _PAIRED for w in ("before", "after")),
     "on_checkpoint",
     "on_resume",
     "on_consolidate",

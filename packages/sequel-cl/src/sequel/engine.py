@@ -37,15 +37,12 @@ def one_step(
     ``plan`` holds the step's indices (``idx``, ``replay0`` ..., ``slots``), weights of padded rows (``w``,
     ``rw0`` ...) where the backend pads, and the algorithm's own numbers (``extra/...``).
     """
-    idx = plan["idx"]
-    batch = Batch(*(ops.take(data[key], idx) for key in ("x", "y", "t")), plan.get("w"))
-    replays = []
-    for i in range(spec.draws if spec else 0):
-        if f"replay{i}" in plan:
-            rows, memory = plan[f"replay{i}"], state["memory"]
-            logits = ops.take(memory["logits"], rows) if spec and spec.logits else None
-            drawn = (ops.take(memory[key], rows) for key in ("x", "y", "t"))
-            replays.append(Batch(*drawn, plan.get(f"rw{i}"), logits))
+    batch = Batch.rows(ops, data, plan["idx"], plan.get("w"))
+    replays = [
+        Batch.rows(ops, state["memory"], plan[f"replay{i}"], plan.get(f"rw{i}"))
+        for i in range(spec.draws if spec else 0)
+        if f"replay{i}" in plan
+    ]
     extra = {key[6:]: value for key, value in plan.items() if key.startswith("extra/")}
     ctx = Context(ops, model, batch, tuple(replays), extra=extra, **context)
     params, state, value, aux = algorithm.step(ops, params, ctx, state)

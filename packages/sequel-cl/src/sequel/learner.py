@@ -102,7 +102,7 @@ class Learner:
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.grad_clip, self.lr_decay, self.min_lr = grad_clip, lr_decay, min_lr
         self.reset_optimizer, self.eval_every = reset_optimizer, eval_every
-        self.pointwise = cross_entropy if loss == "cross_entropy" else loss
+        self.pointwise: Any = cross_entropy if loss == "cross_entropy" else loss
         if not callable(self.pointwise):
             raise ValueError(f"loss must be 'cross_entropy' or a function, got {loss!r}")
         self.callbacks = list(callbacks)
@@ -232,7 +232,7 @@ class Learner:
         assert self.scenario is not None
         n = len(self.scenario)
         counts = [epochs] * n if isinstance(epochs, int) else list(epochs)
-        if len(counts) != n or any(not isinstance(c, int) or c < 0 for c in counts):
+        if len(counts) != n or min(counts, default=0) < 0:
             raise ValueError(f"epochs must be an integer >= 0, or {n} of them, got {epochs!r}")
         rng = torch.get_rng_state()
         self.emit("on_before_fit")

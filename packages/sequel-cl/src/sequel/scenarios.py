@@ -7,6 +7,7 @@ and the last one is kept, so a permuted or rotated stream costs the memory of on
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,8 @@ def _labels(name: str, y: Any, n: int | None = None) -> Array:
     if len(y) and (int(y.min()) < 0 or (n is not None and int(y.max()) >= n)):
         raise ValueError(f"{name} must lie in [0, {n if n is not None else 'n_classes'}), got "
                          f"{int(y.min())} to {int(y.max())}")  # fmt: skip
-    return y.astype(np.int64)
+    out: Array = y.astype(np.int64)
+    return out
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def _groups(
     if sum(increments) != n or min(increments) < 1:
         raise ValueError(f"increments must be positive and sum to {n}, got {list(increments)}")
     edges = np.cumsum([0, *increments])
-    return [tuple(order[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [tuple(order[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 def _split(

@@ -33,7 +33,7 @@ def compare_backends(
     algorithm: Algorithm,
     *,
     scenario: Scenario | None = None,
-    network: str = "mlp",
+    network: Any = "mlp",
     optimizer: str = "sgd",
     lr: float = 0.05,
     epochs: int = 3,
@@ -76,17 +76,14 @@ def compare_backends(
     made = made.to(dtype)
     with jax.enable_x64(dtype == torch.float64):
         other = to_jax(made)
-        first, second = {
-            "sgd": (lambda p: torch.optim.SGD(p, lr), lambda: optax.sgd(lr)),
-            "momentum": (
-                lambda p: torch.optim.SGD(p, lr, momentum=0.9),
-                lambda: optax.sgd(lr, momentum=0.9),
-            ),
-            "adam": (lambda p: torch.optim.Adam(p, lr), lambda: optax.adam(lr)),
-        }[optimizer]
+        momentum = 0.9 if optimizer == "momentum" else 0.0
+        first: Any = torch.optim.SGD(made.parameters(), lr, momentum=momentum)
+        second: Any = optax.sgd(lr, momentum=momentum or None)
+        if optimizer == "adam":
+            first, second = torch.optim.Adam(made.parameters(), lr), optax.adam(lr)
         options = {"batch_size": batch_size, "seed": seed, "lr": lr, **options}
-        one = Learner(made, first(made.parameters()), algorithm, **options)
-        two = Learner(other, second(), algorithm, **options)
+        one = Learner(made, first, algorithm, **options)
+        two = Learner(other, second, algorithm, **options)
         a, b = one.fit(scenario, epochs), two.fit(scenario, epochs)
         tree, tree2 = one.backend.arrays(), two.backend.arrays()
     params = _difference(_converted(made, tree["params"]), tree2["params"])

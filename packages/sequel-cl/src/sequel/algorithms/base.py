@@ -35,6 +35,13 @@ class Batch:
     w: Array | None = None
     logits: Array | None = None
 
+    @staticmethod
+    def rows(ops: Ops, data: dict[str, Array], index: Array, w: Array | None = None) -> Batch:
+        """Gather rows of ``{"x", "y", "t"[, "logits"]}``."""
+        logits = ops.take(data["logits"], index) if "logits" in data else None
+        x, y, t = (ops.take(data[key], index) for key in ("x", "y", "t"))
+        return Batch(x, y, t, w, logits)
+
 
 @dataclass(frozen=True)
 class Info:
@@ -166,7 +173,8 @@ class Algorithm:
 
     def training_data(self, scenario: Scenario, task: int, tools: Tools, state: State) -> Data:
         """Return what task ``task`` trains on."""
-        return scenario[task].train
+        data: Data = scenario[task].train
+        return data
 
     def training_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """Return an upper bound of the number of samples that each task trains on."""

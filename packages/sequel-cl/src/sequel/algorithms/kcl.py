@@ -106,7 +106,8 @@ class KCL(Algorithm):
         data = scenario[task].train
         keep = np.ones(len(data.y), dtype=bool)
         keep[self._chosen(len(data.y), task, tools.info.seed)] = False
-        return data[np.flatnonzero(keep)]
+        kept: Data = data[np.flatnonzero(keep)]
+        return kept
 
     def loss(
         self, ops: Ops, params: Tree, ctx: Context, state: State

@@ -102,10 +102,8 @@ class LaMAML(Algorithm):
         fast = {k[2:]: v for k, v in tree.items() if k.startswith("p/")}
         alpha = {k[2:]: v for k, v in tree.items() if k.startswith("a/")}
         b = ctx.batch
-        shuffled = Batch(
-            *(ops.take(part, order) for part in (b.x, b.y, b.t)),
-            None if b.w is None else ops.take(b.w, order),
-        )
+        w = None if b.w is None else ops.take(b.w, order)
+        shuffled = Batch.rows(ops, {"x": b.x, "y": b.y, "t": b.t}, order, w)
         whole = b if replay is None else join(ops, b, replay)
         total, number = 0.0, 0.0
         for at in range(0, len(b.y), self.inner_batch):
@@ -122,9 +120,11 @@ class LaMAML(Algorithm):
                 start,
                 create_graph=self.second_order,
             )
-            limit = self.clip_inner
             fast = ops.map(
-                lambda p, a, d: p - ops.relu(a) * ops.clip(d, -limit, limit), fast, alpha, g
+                lambda p, a, d: p - ops.relu(a) * ops.clip(d, -self.clip_inner, self.clip_inner),
+                fast,
+                alpha,
+                g,
             )
             present = 1.0 if chunk.w is None else chunk.w.max()
             total = total + present * ctx.loss(fast, whole)

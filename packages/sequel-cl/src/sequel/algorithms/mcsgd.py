@@ -121,7 +121,7 @@ class MCSGD(Algorithm):
                     def weighted(q: Tree, v: Array = v) -> Array:
                         return (v * tools.point_losses(q, batch, train=False)).sum()
 
-                    middle = ops.map(lambda a, c, s=s: a + s * (c - a), start, w)  # type: ignore[misc]
+                    middle = ops.map(lambda a, c, s=s: a + s * (c - a), start, w)
                     factor = s if self.chain_rule else 1.0
                     total = ops.add_scaled(total, ops.grad(weighted, middle), factor)
             return total

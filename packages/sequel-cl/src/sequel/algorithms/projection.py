@@ -100,7 +100,7 @@ class GEM(Algorithm):
 
         def reference(i: Any) -> Any:
             rows = base + i * m
-            old = Batch(*(ops.take(memory[k], rows) for k in ("x", "y", "t")), ops.take(used, rows))
+            old = Batch.rows(ops, memory, rows, ops.take(used, rows))
             return ops.flatten(ops.grad(lambda p: ctx.loss(p, old), params))
 
         G = ops.map_rows(reference, n, ctx.past)

@@ -26,7 +26,10 @@ def merge(ops: Ops, state: State, omega: Tree, anchor: Tree) -> State:
 
     def centre(a: Array, p: Array, b: Array, q: Array) -> Array:
         total = a + b
-        return p + ops.where(total > 0, b / ops.where(total > 0, total, 1 + 0 * b), 0 * b) * (q - p)
+        mixed = p + ops.where(total > 0, b / ops.where(total > 0, total, 1 + 0 * b), 0 * b) * (
+            q - p
+        )
+        return ops.where((a == 0) & (b > 0), q, mixed)  # exact, not p + (q - p)
 
     centres = ops.map(centre, state["omega"], state["anchor"], omega, anchor)
     return {

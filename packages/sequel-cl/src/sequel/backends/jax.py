@@ -360,7 +360,8 @@ def pad_plans(
     plans: list[dict[str, Any]], info: Info, spec: Any, steps: int, dtype: Any
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Stack the plans of some steps into arrays of one shape for the whole run."""
-    n, out = len(plans), {}
+    n = len(plans)
+    out: dict[str, np.ndarray[Any, Any]] = {}
     widths = {"idx": info.batch_size}
     if spec is not None:
         widths |= {f"replay{i}": spec.draw_size for i in range(spec.draws)}

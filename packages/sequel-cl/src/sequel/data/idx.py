@@ -68,7 +68,9 @@ def read_idx(data: bytes) -> np.ndarray[Any, Any]:
     shape = tuple(int(n) for n in np.frombuffer(data, ">i4", rank, 4))
     if len(data) - 4 - 4 * rank != int(np.prod(shape)):
         raise ValueError(f"the IDX file is cut off: {shape} announced")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
+    out: np.ndarray[Any, Any] = np.frombuffer(data, np.uint8, offset=4 + 4 * rank)
+    whole: np.ndarray[Any, Any] = out.reshape(shape).copy()
+    return whole
 
 
 def _load(name: str, data_dir: str | os.PathLike[str] | None, mean: float, std: float) -> Dataset:

@@ -25,7 +25,7 @@ class TensorBoardLogger(Logger):
                 raise ImportError(
                     "TensorBoardLogger needs tensorboard: pip install sequel-cl[tensorboard]"
                 ) from error
-            writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+            writer = SummaryWriter(str(folder))
         self.writer = writer
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -45,7 +45,7 @@ class WandbLogger(Logger):
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], *, mode: str = "offline", run: Any = None, **init: Any
+        self, folder: str | os.PathLike[str], *, mode: Any = "offline", run: Any = None, **init: Any
     ) -> None:
         super().__init__(folder)
         if run is None:

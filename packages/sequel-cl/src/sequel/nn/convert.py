@@ -68,6 +68,6 @@ def to_jax(model: MLP | CNN) -> Any:
             model.classifier.out_features,
             dropout=noise[0] if noise else 0.0,
         )
-    dtype = first.weight.detach().numpy().dtype  # type: ignore[union-attr, operator]
+    dtype = first.weight.detach().numpy().dtype  # type: ignore[operator]
     made.params = {k: jnp.asarray(v, dtype) for k, v in params_to_jax(model).items()}
     return made

@@ -126,10 +126,10 @@ class TorchOps(Ops):
             found = torch.autograd.grad(
                 value, _leaves(params), allow_unused=True, create_graph=create_graph
             )
-        grads = {
-            name: torch.zeros_like(p) if g is None else g
-            for (name, p), g in zip(params.items(), found, strict=True)
-        }
+        grads = {}
+        for (name, p), g in zip(params.items(), found, strict=True):
+            unused: Any = g is None
+            grads[name] = torch.zeros_like(p) if unused else g
         return (value if create_graph else value.detach(), aux), grads
 
     def per_sample_grad(self, fn: Callable[..., Array], params: Tree, *batch: Array) -> Tree:

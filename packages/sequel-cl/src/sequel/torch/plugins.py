@@ -311,13 +311,10 @@ class AGEM:
     def project_(self, replay_loss: Callable[[], Tensor]) -> None:
         """Project the gradients in ``.grad`` with the gradient of the memory's loss."""
         params = [p for p in self.model.parameters() if p.requires_grad and p.grad is not None]
-        found = torch.autograd.grad(replay_loss(), params, allow_unused=True)
-        r = torch.cat(
-            [
-                (torch.zeros_like(p) if f is None else f).flatten()
-                for p, f in zip(params, found, strict=True)
-            ]
+        found = torch.autograd.grad(
+            replay_loss(), params, allow_unused=True, materialize_grads=True
         )
+        r = torch.cat([f.flatten() for f in found])
         g = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
         new, at = agem_project(g, r), 0
         for p in params:
