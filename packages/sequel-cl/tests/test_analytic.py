@@ -204,8 +204,8 @@ def test_fisher_falls_back_where_the_closed_form_does_not_hold(kind: type[nn.Mod
         )
         for n, g in zip(total, grads, strict=True):
             total[n] += g**2 / 7
-    for n in total:
-        torch.testing.assert_close(found[n], total[n], rtol=1e-9, atol=1e-14)
+    for n, expected in total.items():
+        torch.testing.assert_close(found[n], expected, rtol=1e-9, atol=1e-14)
 
 
 def test_fisher_leaves_mode_gradients_and_statistics_alone() -> None:

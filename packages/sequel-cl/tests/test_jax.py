@@ -154,9 +154,9 @@ def test_learning_rate_decay_and_prox_need_the_rate() -> None:
         sequel.Learner(model, optax.sgd(0.1), sequel.Naive(), lr_decay=0.5)
     with pytest.raises(ValueError, match="lr must be given"):
         sequel.Learner(model, optax.sgd(0.1), sequel.EWC(apply="prox"))
-    with pytest.raises(TypeError, match="optax.GradientTransformation"):
+    with pytest.raises(TypeError, match="must be an optax"):
         sequel.Learner(model, torch.optim.SGD([torch.zeros(1)], 0.1), sequel.Naive())
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match="model must be a"):
         sequel.Learner(object(), optax.sgd(0.1), sequel.Naive())
     bare = FunctionalModel(lambda p, x: x.reshape(len(x), -1) @ p, jnp.zeros((64, 6)))
     with pytest.raises(TypeError, match="needs an encoder"):

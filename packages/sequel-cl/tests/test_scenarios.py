@@ -191,10 +191,15 @@ def test_mnist_files_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="the file was removed"):
         sequel.data.mnist(tmp_path)
     assert not (tmp_path / "mnist" / f"{mnist.FILES[0]}.gz").exists()
+
+    def offline(request: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
     for name in ("fashion", "kmnist"):
         monkeypatch.setitem(mnist.SOURCES, name, mnist.SOURCES["mnist"])
         (tmp_path / name).mkdir()
-        with pytest.raises(OSError, match="."):  # nothing to download from
+        with pytest.raises(OSError, match="no network"):
             getattr(sequel.data, name)(tmp_path)
 
 

@@ -28,7 +28,7 @@ class KCL(Algorithm):
 
     C_t: ``coreset`` samples held out of task t. h = encoder(x), φ = (h - min)/(max - min) with the
     coreset's range. With K, k the kernel matrices among C_t and between C_t and x,
-    A = (K + (|l_t| + 0.01) I)⁻¹ Y_C, logits = g_t k' A + b_t, loss = CE + tau KL(posterior || prior).
+    A = (K + (abs(l_t) + 0.01) I)⁻¹ Y_C, logits = g_t k' A + b_t, loss = CE + tau KL(posterior || prior).
     ``"rff"``: ψ(φ) = sqrt(2/D) cos(ω φ' + b), ω ~ N(mu, exp(logvar)) from an ELU network of the mean
     feature of C (posterior); the prior's network sees the mean of x. Needs an encoder, and task ids.
 
@@ -36,7 +36,7 @@ class KCL(Algorithm):
         coreset: samples per task, >= 1.
         features: D, number of random features.
         tau: weight of the KL term, >= 0.
-        kernel: ``"rff"``, ``"rbf"`` (exp(-|x-y|_1 / 4)), ``"linear"``, ``"poly"`` ((x·y + 1)³).
+        kernel: ``"rff"``, ``"rbf"`` (exp(-‖x - y‖₁ / 4)), ``"linear"``, ``"poly"`` ((x·y + 1)³).
 
     >>> KCL(kernel="poly").coreset
     20

@@ -20,7 +20,7 @@ __all__ = ["MAS"]
 class MAS(Quadratic):
     """MAS (Aljundi et al. 2018): importance is the sensitivity of the squared output norm; no labels.
 
-    I_t = (1/N_t) Σ_n |∂ ‖f(x_n)‖² / ∂θ| at θ*_t; omega accumulates it.
+    I_t = (1/N_t) Σ_n abs(∂ ‖f(x_n)‖² / ∂θ) at θ*_t; omega accumulates it.
 
     Args:
         lam: weight of (lam/2) Σ omega (θ - anchor)²; twice the paper's lambda.
