@@ -120,7 +120,10 @@ def test_lists_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "90 training" in capsys.readouterr().out
 
 
-def test_repro_runs_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repro_runs_its_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(recipes.REPRO["mcsgd_rotatedmnist"], "params", {"per_task": 10})
     for name in recipes.REPRO:
         extra = ["--set", "glances=1", "--set", "memory=20"] if "lamaml" in name else []
         assert main(["repro", name, *FAST, *extra, "--out", str(tmp_path)]) == 0

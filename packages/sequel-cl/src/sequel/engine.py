@@ -18,7 +18,7 @@ from sequel.scenarios import Data
 if TYPE_CHECKING:
     from sequel.scenarios import Scenario
 
-__all__ = ["Tools", "empty_memory", "one_step"]
+__all__ = ["Tools", "empty_memory", "one_step", "plan_step"]
 
 
 def one_step(
@@ -55,6 +55,33 @@ def one_step(
             memory[key] = ops.scatter(memory[key], plan["slots"], values)
         state = {**state, "memory": memory}
     return params, state, value
+
+
+def plan_step(
+    algorithm: Algorithm,
+    info: Info,
+    spec: MemorySpec | None,
+    slots: Slots | None,
+    data: Data,
+    index: np.ndarray[Any, Any],
+    position: tuple[int, int, int],
+    key: np.ndarray[Any, Any],
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return all of a step's random choices: batch, replay rows, memory slots, the algorithm's own."""
+    task, epoch, _ = position
+    plan = {"idx": index, "key": key}
+    if spec is not None and slots is not None:
+        if spec.draws and len(slots):
+            rng = stream(info.seed, "replay", *position)
+            for i in range(spec.draws):
+                plan[f"replay{i}"] = slots.sample(spec.draw_size, rng)
+        if spec.policy != "manual" and not (spec.first_epoch_only and epoch > 0):
+            plan["slots"] = slots.add(data.y[index], task)
+    if type(algorithm).host_plan is not Algorithm.host_plan:
+        rng = stream(info.seed, "algorithm", *position)
+        for name, value in algorithm.host_plan(rng, len(index), info).items():
+            plan[f"extra/{name}"] = value
+    return plan
 
 
 def empty_memory(ops: Ops, spec: MemorySpec, info: Info, like: Array) -> dict[str, Array]:

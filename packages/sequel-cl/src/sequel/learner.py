@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sequel import _check
+from sequel import _check, checkpoint, resume
 from sequel.algorithms.base import Algorithm, Info, cross_entropy
 from sequel.buffer import Slots
 from sequel.callbacks import INNER, Callback
-from sequel.engine import Tools
+from sequel.engine import Tools, plan_step
 from sequel.result import Result
 from sequel.rng import stream
 from sequel.scenarios import Data, Scenario, Task
@@ -313,12 +313,14 @@ class Learner:
             plans = []
             for step in range(at, at + block):
                 index = order[step * size : (step + 1) * size]
-                plans.append(self._plan(data, index, number, epoch, step, keys[step]))
+                plans.append(self._plan(data, index, (number, epoch, step), keys[step]))
             for step in range(at, at + block):
                 self.emit("on_before_training_step", **info, step=step)
                 if self._inner():
                     self.emit("on_before_backward", **info, step=step)
-            emit = self._emit_inner(info, at) if self._inner() else None
+            emit = None
+            if self._inner():
+                emit = lambda hook, step=at: self.emit(f"on_{hook}", **info, step=step)  # noqa: E731
             losses = self.backend.run(plans, number, emit)
             for offset, loss in enumerate(losses.tolist()):
                 self.losses.append(loss)
@@ -340,9 +342,6 @@ class Learner:
     def _inner(self) -> bool:
         return any(hook in dir(type(c)) for c in self.callbacks for hook in INNER)
 
-    def _emit_inner(self, info: dict[str, Any], step: int) -> Callable[[str], None]:
-        return lambda hook: self.emit(f"on_{hook}", **info, step=step)
-
     def _block(self, left: int) -> int:
         """Return the number of steps until something must happen on the host."""
         jax = self.backend.name == "jax"
@@ -357,24 +356,10 @@ class Learner:
         self,
         data: Data,
         index: NDArray[np.int64],
-        task: int,
-        epoch: int,
-        step: int,
+        at: tuple[int, int, int],
         key: NDArray[np.uint32],
     ) -> dict[str, NDArray[Any]]:
-        plan: dict[str, NDArray[Any]] = {"idx": index, "key": key}
-        spec, slots = self.spec, self.slots
-        if spec is not None and slots is not None:
-            if spec.draws and len(slots):
-                rng = stream(self.seed, "replay", task, epoch, step)
-                for i in range(spec.draws):
-                    plan[f"replay{i}"] = slots.sample(spec.draw_size, rng)
-            if spec.policy != "manual" and not (spec.first_epoch_only and epoch > 0):
-                plan["slots"] = slots.add(data.y[index], task)
-        rng = stream(self.seed, "algorithm", task, epoch, step)
-        for name, value in self.algorithm.host_plan(rng, len(index), self.info).items():
-            plan[f"extra/{name}"] = value
-        return plan
+        return plan_step(self.algorithm, self.info, self.spec, self.slots, data, index, at, key)
 
     def _not_finite(self, loss: float, task: int, epoch: int, step: int) -> None:
         text = f"the loss is {loss} in task {task}, epoch {epoch}, step {step}"
@@ -405,7 +390,7 @@ class Learner:
         data = Data(x, y, np.full(len(y), number, dtype=np.int64))
         step = self.position["step"]
         key = stream(self.seed, "noise", number, 0, step).integers(2**32, size=2, dtype=np.uint32)
-        plan = self._plan(data, np.arange(len(y)), number, 0, step, key)
+        plan = self._plan(data, np.arange(len(y)), (number, 0, step), key)
         self.backend.load(data, self.batch_size)
         loss = float(self.backend.run([plan], number)[0])
         self.position["step"] += 1
@@ -417,18 +402,14 @@ class Learner:
     # ------------------------------------------------------------- evaluation
     def evaluate(self, scenario: Scenario | None = None) -> NDArray[np.float64]:
         """Return the accuracy on the test set of every task."""
-        if scenario is not None and scenario is not self.scenario:
-            parts = [task.test for task in scenario]
-        else:
-            assert self.scenario is not None
-            parts = [task.test for task in self.scenario] if self._tests is None else []
-        if parts:
-            where = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
-            tests, owner = Data.concat(parts), where
-            if scenario is None or scenario is self.scenario:
+        other = scenario is not None and scenario is not self.scenario
+        if other or self._tests is None:
+            parts = [task.test for task in (scenario if other else self.scenario) or ()]
+            owner = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
+            tests = Data.concat(parts)
+            if not other:
                 self._tests, self._owner = tests, owner
         else:
-            assert self._tests is not None
             tests, owner = self._tests, self._owner
         self.emit("on_before_val_epoch")
         if "task_wise" in self.algorithm.needs:
@@ -461,70 +442,20 @@ class Learner:
     # ------------------------------------------------------------- checkpoint
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (tree of arrays, JSON-able header): all that a run needs to go on bit by bit."""
-        if self.scenario is None:
-            raise RuntimeError("call setup(scenario) first")
-        tree = self.backend.arrays()
-        tree["run"] = {
-            "matrix": self.matrix,
-            "initial": self.initial,
-            "losses": np.asarray(self.losses, dtype=np.float64),
-            "anytime": np.asarray([[s, t, *row] for s, t, row in self.anytime], dtype=np.float64),
-        }
-        if self.slots is not None:
-            tree["slots"] = self.slots.state_dict()
-        header = {
-            "position": self.position,
-            "global_step": self.global_step,
-            "seed": self.seed,
-            "backend": self.backend.name,
-            "algorithm": repr(self.algorithm),
-            "batch_size": self.batch_size,
-            "fingerprint": self.fingerprint,
-            "shapes": {k: list(v.shape) for k, v in tree["params"].items()},
-            "versions": {"numpy": np.__version__, "torch": torch.__version__},
-        }
-        return tree, header
+        return resume.state_of(self)
 
     def load_state_dict(self, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self.restore(*state)
+        resume.restore(self, *state)
 
     def restore(self, tree: dict[str, Any], header: dict[str, Any], *, strict: bool = True) -> None:
         """Go back to a checkpoint; RuntimeError where it is of another run, unless ``strict=False``."""
-        if self.scenario is None:
-            raise RuntimeError("call setup(scenario) before loading a checkpoint")
-        shapes = {k: list(v.shape) for k, v in self.backend.arrays()["params"].items()}
-        mine = {
-            "backend": self.backend.name,
-            "algorithm": repr(self.algorithm),
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "fingerprint": self.fingerprint,
-            "shapes": shapes,
-        }
-        wrong = [key for key, value in mine.items() if header[key] != value]
-        if wrong and strict:
-            pairs = "; ".join(f"{k}: {header[k]!r} there, {mine[k]!r} here" for k in wrong)
-            raise RuntimeError(f"the checkpoint is of another run ({pairs}); strict=False loads it")
-        self.backend.load_arrays(tree)
-        run = tree["run"]
-        self.matrix, self.initial = run["matrix"].copy(), run["initial"].copy()
-        self.losses = run["losses"].tolist()
-        self.anytime = [(int(r[0]), int(r[1]), r[2:].tolist()) for r in run["anytime"]]
-        if self.slots is not None:
-            self.slots.load_state_dict(tree["slots"])
-        self.position = {k: int(v) for k, v in header["position"].items()}
-        self.global_step = int(header["global_step"])
-        self.emit("on_resume", position=dict(self.position))
+        resume.restore(self, tree, header, strict=strict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, atomically and without pickle."""
-        from sequel.checkpoint import write
-
-        write(path, *self.state_dict())
+        checkpoint.write(path, *self.state_dict())
 
     def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> None:
         """Restore a checkpoint file into this learner, which is bound to its scenario."""
-        from sequel.checkpoint import read
-
-        self.restore(*read(path), strict=strict)
+        self.restore(*checkpoint.read(path), strict=strict)

@@ -88,7 +88,7 @@ def fit_seeds(
                 tables = []
                 for le, order, key, d in zip(learners, orders, keys, datas, strict=False):
                     plans = [
-                        le._plan(d, order[s * size : (s + 1) * size], task, epoch, s, key[s])
+                        le._plan(d, order[s * size : (s + 1) * size], (task, epoch, s), key[s])
                         for s in range(at, stop)
                     ]
                     tables.append(
