@@ -185,7 +185,7 @@ class ReplayBuffer:
 
     >>> buffer = ReplayBuffer(100, seed=0)
     >>> for step in range(50):
-    ...     buffer.add(x=torch.rand(10, 4), y=torch.arange(10))
+    ...     slots = buffer.add(x=torch.rand(10, 4), y=torch.arange(10))
     >>> len(buffer), buffer.sample(32)["x"].shape
     (100, torch.Size([32, 4]))
     """

@@ -123,7 +123,6 @@ class Learner:
         self.position = {"task": 0, "epoch": 0, "step": 0}
         self.global_step = 0
 
-    # ------------------------------------------------------------------ setup
     def emit(self, hook: str, **info: Any) -> None:
         """Call a hook of every callback."""
         for callback in self.callbacks:
@@ -135,10 +134,7 @@ class Learner:
             if scenario is self.scenario:
                 return
             raise RuntimeError("this learner is bound to another scenario: make a new Learner")
-        if not isinstance(scenario, Scenario):
-            tasks = list(scenario)
-            n = max(max(task.classes) for task in tasks) + 1
-            scenario = Scenario(tasks, n, "class", "custom")
+        scenario = Scenario.of(scenario)
         self.emit("on_before_setup")
         first, backend, algorithm = scenario[0].train, self.backend, self.algorithm
         if "features" in algorithm.needs and not backend.model.has_encoder():
@@ -210,7 +206,6 @@ class Learner:
             self._fingerprint = self.scenario.fingerprint()
         return self._fingerprint
 
-    # -------------------------------------------------------------------- fit
     def fit(
         self,
         scenario: Scenario | Iterable[Task],
@@ -258,10 +253,10 @@ class Learner:
         )
 
     def _scale(self, task: int) -> float:
-        base = self.backend.lr if self.backend.name == "jax" else self.backend.base_lrs[0]
+        jax = self.backend.name == "jax"
+        base = self.backend.base_lr if jax else self.backend.base_lrs[0]
         if self.lr_decay == 1.0 or base is None:
             return 1.0
-        base = self.backend.base_lr if self.backend.name == "jax" else base
         return float(max(base * self.lr_decay**task, self.min_lr) / base)
 
     def fit_task(self, number: int, epochs: int = 1) -> NDArray[np.float64]:
@@ -273,14 +268,11 @@ class Learner:
             self.position["epoch"] == 0 and self.position["step"] == 0
         )
         self.tools.task = number
+        backend.start_task(self._scale(number), fresh and self.reset_optimizer and number > 0)
+        self.tools.lr = backend.lr
         if fresh:
             self.position = {"task": number, "epoch": 0, "step": 0}
-            backend.start_task(self._scale(number), self.reset_optimizer and number > 0)
-            self.tools.lr = backend.lr
             backend.hook("on_task_start", number, self.tools)
-        else:
-            backend.start_task(self._scale(number), False)
-            self.tools.lr = backend.lr
         self.emit("on_before_training_task", task=number, name=task.name)
         data = self.algorithm.training_data(self.scenario, number, self.tools, backend.state)
         backend.load(data, self.pad)
@@ -305,8 +297,8 @@ class Learner:
             2**32, size=(steps, 2), dtype=np.uint32
         )
         self.emit("on_before_training_epoch", task=number, epoch=epoch)
-        info = {"task": number, "epoch": epoch, "epochs": epochs, "steps": steps}
-        info["tasks"] = self.info.n_tasks
+        n_tasks = self.info.n_tasks
+        info = {"task": number, "tasks": n_tasks, "epoch": epoch, "epochs": epochs, "steps": steps}
         at = self.position["step"]
         while at < steps:
             block = self._block(steps - at)
@@ -320,7 +312,7 @@ class Learner:
                     self.emit("on_before_backward", **info, step=step)
             emit = None
             if self._inner():
-                emit = lambda hook, step=at: self.emit(f"on_{hook}", **info, step=step)  # noqa: E731
+                emit = lambda hook, step=at: self.emit(f"on_{hook}", **info, step=step)
             losses = self.backend.run(plans, number, emit)
             for offset, loss in enumerate(losses.tolist()):
                 self.losses.append(loss)
@@ -399,7 +391,6 @@ class Learner:
             self._not_finite(loss, number, 0, step)
         return loss
 
-    # ------------------------------------------------------------- evaluation
     def evaluate(self, scenario: Scenario | None = None) -> NDArray[np.float64]:
         """Return the accuracy on the test set of every task."""
         other = scenario is not None and scenario is not self.scenario
@@ -434,12 +425,9 @@ class Learner:
             raise RuntimeError("call setup(scenario) before predict")
         if task is None and (self.scenario.kind == "task" or "task_wise" in self.algorithm.needs):
             raise ValueError("task must be given: predictions depend on it here")
-        x = np.asarray(x)
-        t = np.full(len(x), task or 0, dtype=np.int64)
-        out: NDArray[Any] = self.backend.scores(x, t, self.eval_batch_size)
-        return out
+        zeros = np.zeros(len(x), dtype=np.int64)
+        return self._scores(Data(np.asarray(x), zeros, zeros + (task or 0)))
 
-    # ------------------------------------------------------------- checkpoint
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (tree of arrays, JSON-able header): all that a run needs to go on bit by bit."""
         return resume.state_of(self)

@@ -18,6 +18,7 @@ class MLP(nn.Module):
         outputs: number of classes.
         dropout: after every hidden layer.
 
+    >>> import torch
     >>> MLP(4, (8,), 3)(torch.zeros(2, 4)).shape
     torch.Size([2, 3])
     """
@@ -49,6 +50,7 @@ class MLP(nn.Module):
 class CNN(nn.Module):
     """Strided 3x3 convolutions with ReLU, then one Linear layer; inputs (N, C, H, W).
 
+    >>> import torch
     >>> CNN((1, 8, 8), channels=(4, 8))(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """

@@ -181,6 +181,14 @@ class Scenario(Sequence[Task]):
                 if len(index) == 0:
                     raise ValueError(f"task {task.number} ({task.name}) has an empty {part} set")
 
+    @staticmethod
+    def of(tasks: Iterable[Task]) -> Scenario:
+        """Take a scenario, or tasks of one head over all their classes."""
+        if isinstance(tasks, Scenario):
+            return tasks
+        listed = list(tasks)
+        return Scenario(listed, max(max(t.classes) for t in listed) + 1, "class", "custom")
+
     def __len__(self) -> int:
         return len(self.tasks)
 

@@ -146,7 +146,7 @@ class EWC(Penalty):
     >>> model = nn.Linear(2, 2)
     >>> ewc = EWC(model, lam=5.0)
     >>> ewc.consolidate([(torch.randn(8, 2), torch.arange(8) % 2)])
-    >>> float(ewc.penalty())
+    >>> ewc.penalty().item()
     0.0
     """
 
@@ -190,7 +190,7 @@ class MAS(Penalty):
     >>> model = nn.Linear(2, 2)
     >>> mas = MAS(model)
     >>> mas.consolidate([(torch.randn(8, 2), torch.zeros(8))])
-    >>> float(mas.penalty())
+    >>> mas.penalty().item()
     0.0
     """
 
