@@ -180,6 +180,8 @@ def from_nnx(model: Any) -> FunctionalModel:
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def apply(p: Any, c: Any, x: Any, train: bool, key: Any) -> Any:
+        # New variables: those of an outer trace may not be written to.
+        p, c = jax.tree_util.tree_map(lambda leaf: leaf, (p, c))
         module = nnx.merge(graph, p, c)
         if train:
             module.train()
