@@ -53,7 +53,7 @@ class SI(Quadratic):
     ) -> tuple[Tree, State]:
         new, state = super().after_step(ops, old, new, grads, ctx, state)
         g = grads if self.grad_source == "task" else ctx.total_grads
-        path = ops.addcmul(state["path"], g, ops.sub(new, old), -1.0)
+        path = ops.accumulate(state["path"], g, ops.sub(new, old), -1.0)
         return new, {**state, "path": path}
 
     def on_task_end(

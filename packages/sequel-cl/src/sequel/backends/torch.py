@@ -248,7 +248,7 @@ class TorchBackend:
             self.model.module.train()
         values = []
         for plan in plans:
-            torch.manual_seed(int(plan["key"][0]) << 16 ^ int(plan["key"][1]))
+            self._seed(int(plan["key"][0]) << 16 ^ int(plan["key"][1]))
             arrays = {
                 key: self.ops.asarray(value, self._like(value))
                 for key, value in plan.items()
@@ -272,6 +272,12 @@ class TorchBackend:
             )
             values.append(value.detach())
         return torch.stack(values).double().cpu().numpy()
+
+    def _seed(self, seed: int) -> None:
+        # Not torch.manual_seed: before CUDA is initialised that formats a stack trace each time.
+        torch.default_generator.manual_seed(seed)
+        if self.ops.device.type == "cuda":  # pragma: no cover - needs a GPU
+            torch.cuda.manual_seed(seed)
 
     def _like(self, value: Any) -> Any:
         return next(iter(self.params.values())) if value.dtype.kind == "f" else None

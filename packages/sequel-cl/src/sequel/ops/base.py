@@ -161,6 +161,10 @@ class Ops(ABC):
     def addcmul(self, a: Tree, b: Tree, c: Tree, scale: float) -> Tree:
         """Return a + scale b c, as a new tree."""
 
+    def accumulate(self, total: Tree, b: Tree, c: Tree, scale: float) -> Tree:
+        """Return total + scale b c; total is used up, so that PyTorch may write into it."""
+        return self.addcmul(total, b, c, scale)
+
     def dot(self, a: Tree, b: Tree) -> Array:
         """Return the inner product of two trees."""
         total: Array = sum((a[name] * b[name]).sum() for name in a)

@@ -114,6 +114,11 @@ class TorchOps(Ops):
             leaves = torch._foreach_addcmul(_leaves(a), _leaves(b), _leaves(c), value=scale)
             return _named(a, leaves)
 
+    def accumulate(self, total: Tree, b: Tree, c: Tree, scale: float) -> Tree:
+        with torch.no_grad():
+            torch._foreach_addcmul_(_leaves(total), _leaves(b), _leaves(c), value=scale)
+        return total
+
     def value_and_grad(
         self, fn: Callable[[Tree], tuple[Array, Any]], params: Tree, *, create_graph: bool = False
     ) -> tuple[tuple[Array, Any], Tree]:
