@@ -1,0 +1,1 @@
+"""The training states of the two backends; each runs :func:`sequel.engine.one_step`."""

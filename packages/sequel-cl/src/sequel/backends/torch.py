@@ -1,0 +1,383 @@
+"""PyTorch's side: the module as a function of its parameters, and the training state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sequel.algorithms.base import Algorithm, Info, State
+from sequel.engine import empty_memory, one_step
+from sequel.fisher import Layers, Sums
+from sequel.ops.base import Tree
+from sequel.ops.torch import TorchOps
+
+if TYPE_CHECKING:
+    from sequel.engine import Tools
+    from sequel.scenarios import Data
+
+__all__ = ["TorchBackend", "TorchModel"]
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode and give every part its own mode back."""
+    modes = [(m, m.training) for m in module.modules() if m.training]
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+class TorchModel:
+    """A module called with any parameters; the module's own (``live``) take the short way."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        ops: TorchOps,
+        *,
+        encoder: str | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        compile: bool = False,
+        amp: str | None = None,
+    ) -> None:
+        self.module, self.ops, self.amp = module, ops, amp
+        self.live: Tree = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.encoder_path = encoder or "encoder"
+        self.encoder_names = frozenset(
+            name for name in self.live if name.startswith(self.encoder_path + ".")
+        )
+        self.forward_fn = forward
+        self.call: Callable[..., Any] = torch.compile(module) if compile else module
+        self.mean: Tensor | None = None
+        self.std: Tensor | None = None
+        self.n_classes = 0
+
+    def has_encoder(self) -> bool:
+        """Tell whether the module has the encoder."""
+        try:
+            self.module.get_submodule(self.encoder_path)
+        except AttributeError:
+            return False
+        return True
+
+    def normalize(self, mean: Any, std: Any) -> None:
+        """Set how uint8 inputs are normalised."""
+        if mean is not None:
+            like = next(iter(self.live.values()))
+            shape = (-1, 1, 1) if np.ndim(mean) else ()
+            self.mean = self.ops.asarray(np.asarray(mean, dtype=np.float64), like).reshape(shape)
+            self.std = self.ops.asarray(np.asarray(std, dtype=np.float64), like).reshape(shape)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Bring inputs to the parameters' dtype; uint8 becomes (x / 255 - mean) / std."""
+        if not (x.is_floating_point() or x.dtype == torch.uint8):
+            return x
+        like = next(iter(self.live.values()))
+        out = x.to(like.dtype)
+        if x.dtype == torch.uint8:
+            out = out / 255
+            if self.mean is not None and self.std is not None:
+                out = (out - self.mean) / self.std
+        return out
+
+    def forward(self, params: Tree, x: Tensor, train: bool) -> Tensor:
+        """Return logits (B, C)."""
+        return self._run(params, x, train, None)
+
+    def features(self, params: Tree, x: Tensor, train: bool) -> Tensor:
+        """Return the encoder's output (B, d)."""
+        return self._run(params, x, train, self.encoder_path).flatten(1)
+
+    def _run(self, params: Tree, x: Tensor, train: bool, part: str | None) -> Tensor:
+        x = self.prepare(x)
+        module = self.module if part is None else self.module.get_submodule(part)
+        mode = contextlib.nullcontext() if train else evaluating(self.module)
+        with mode, self._autocast(x):
+            if self.forward_fn is not None and part is None:
+                out = _Forward(module, self.forward_fn)(x) if params is self.live else (
+                    torch.func.functional_call(
+                        _Forward(module, self.forward_fn),
+                        {f"module.{k}": v for k, v in params.items()},
+                        (x,),
+                    )
+                )  # fmt: skip
+            elif params is self.live:
+                out = (self.call if part is None else module)(x)
+            else:
+                start = "" if part is None else part + "."
+                mine = {
+                    k[len(start) :]: v
+                    for k, v in params.items()
+                    if k.startswith(start) and not k.startswith("algo/")
+                }
+                out = torch.func.functional_call(module, mine, (x,))
+        return logits_of(out)
+
+    def _autocast(self, x: Tensor) -> Any:
+        if self.amp is None:
+            return contextlib.nullcontext()
+        return torch.autocast(x.device.type, dtype=torch.bfloat16)
+
+
+class _Forward(nn.Module):
+    def __init__(self, module: nn.Module, fn: Callable[[nn.Module, Any], Any]) -> None:
+        super().__init__()
+        self.module, self.fn = module, fn
+
+    def forward(self, x: Any) -> Any:
+        return self.fn(self.module, x)
+
+
+def logits_of(out: Any) -> Tensor:
+    """Take the logits of a tensor, a tuple or an output object."""
+    if isinstance(out, Tensor):
+        return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+    found: Tensor = out.logits if hasattr(out, "logits") else out[0]
+    return found
+
+
+class TorchBackend:
+    """Parameters, optimizer and algorithm state of one run under PyTorch."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        features: str | None = None,
+        device: torch.device | str | None = None,
+        amp: str | None = None,
+        compile: bool = False,
+    ) -> None:
+        if device is not None:
+            module.to(device)
+        first = next(module.parameters())
+        self.ops = TorchOps(first.device)
+        self.model = TorchModel(module, self.ops, encoder=features, compile=compile, amp=amp)
+        self.optimizer = optimizer
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        mine = {id(p): name for name, p in self.model.live.items()}
+        extra = held - {id(p) for p in module.parameters()}
+        if extra or set(mine) - held:
+            missing = [name for key, name in mine.items() if key not in held]
+            raise ValueError(
+                f"optimizer must hold exactly the model's trainable parameters: {len(extra)} of its "
+                f"parameters are not the model's, {missing} are missing"
+            )
+        self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.lr: float | None = self.base_lrs[0]
+        self.state: State = {}
+        self.nan = "raise"
+
+    @property
+    def params(self) -> Tree:
+        """The trained parameters by name."""
+        return self.model.live
+
+    def feature_dim(self, x: np.ndarray[Any, Any]) -> int:
+        """Return the width of the encoder's output."""
+        with torch.no_grad():
+            return self.model.features(self.params, self.ops.asarray(x), False).shape[1]
+
+    def bind(self, algorithm: Algorithm, info: Info, **context: Any) -> None:
+        """Prepare a run."""
+        self.algorithm, self.info = algorithm, info
+        like = next(iter(self.params.values()))
+        for name, value in algorithm.extra_params(info).items():
+            parameter = nn.Parameter(self.ops.asarray(value, like))
+            self.model.live[name] = parameter
+            group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
+            self.optimizer.add_param_group({**group, "params": [parameter]})
+            self.base_lrs.append(float(group["lr"]))
+        self.nan, mask = context.pop("nan"), context.pop("mask")
+        self.mask = None if mask is None else self.ops.asarray(mask)
+        self.context = {**context, "mask": self.mask, "info": info}
+        self.spec = algorithm.memory_spec(info)
+        self.state = algorithm.init(self.ops, self.params, info)
+        if self.spec is not None:
+            self.state["memory"] = empty_memory(self.ops, self.spec, info, like)
+
+    def make_sums(self, kind: str, temperature: float, masked: Any) -> Any:
+        """Return the function that sums squared per-sample gradients over a chunk."""
+        layers = Layers(self.model.module, self.model.live)
+        return Sums(self.ops, self.model, kind, temperature, masked, layers)
+
+    # ------------------------------------------------------------------ tasks
+    def start_task(self, scale: float, reset: bool) -> None:
+        """Set the learning rate and forget the optimizer's moments."""
+        if reset:
+            self.optimizer.state.clear()
+        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * scale
+        self.lr = self.base_lrs[0] * scale
+
+    def set_params(self, params: Tree) -> None:
+        """Write new values into the module, where they are not its own."""
+        if params is not self.model.live:
+            with torch.no_grad():
+                for name, value in params.items():
+                    self.model.live[name].copy_(value)
+
+    def hook(self, which: str, task: int, tools: Tools) -> None:
+        """Call ``on_task_start`` or ``on_task_end``."""
+        fn = getattr(self.algorithm, which)
+        with torch.no_grad():
+            params, self.state = fn(self.ops, self.params, task, tools, self.state)
+            self.set_params(params)
+
+    def load(self, data: Data, pad: int) -> None:
+        """Put a task's data on the device."""
+        self.data = {key: self.ops.asarray(getattr(data, key)) for key in ("x", "y", "t")}
+
+    def run(
+        self, plans: list[dict[str, Any]], task: int, emit: Callable[[str], None] | None = None
+    ) -> np.ndarray[Any, Any]:
+        """Take the planned steps; returns the losses."""
+        if not self.model.module.training:
+            self.model.module.train()
+        values = []
+        for plan in plans:
+            self._seed(int(plan["key"][0]) << 16 ^ int(plan["key"][1]))
+            arrays = {
+                key: self.ops.asarray(value, self._like(value))
+                for key, value in plan.items()
+                if key != "key" and len(value)
+            }
+            _, self.state, value = one_step(
+                self.algorithm,
+                self.ops,
+                self.model,
+                self.data,
+                arrays,
+                self.params,
+                self.state,
+                self.spec,
+                task=task,
+                past=task,
+                lr=self.lr,
+                apply=lambda params, grads: self._apply(params, grads, emit),
+                assign=self._assign,
+                **self.context,
+            )
+            values.append(value.detach())
+        return torch.stack(values).double().cpu().numpy()
+
+    def _seed(self, seed: int) -> None:
+        # Not torch.manual_seed: before CUDA is initialised that formats a stack trace each time.
+        torch.default_generator.manual_seed(seed)
+        if self.ops.device.type == "cuda":  # pragma: no cover - needs a GPU
+            torch.cuda.manual_seed(seed)
+
+    def _like(self, value: Any) -> Any:
+        return next(iter(self.params.values())) if value.dtype.kind == "f" else None
+
+    def _apply(self, params: Tree, grads: Tree, emit: Callable[[str], None] | None) -> Tree:
+        for name, parameter in params.items():
+            parameter.grad = grads[name]
+        if emit is not None:
+            emit("after_backward")
+            emit("before_optimizer_step")
+        if (
+            self.nan == "raise"
+            or all(bool(torch.isfinite(g).all()) for g in grads.values())
+            or self.nan == "warn"
+        ):
+            self.optimizer.step()
+        if emit is not None:
+            emit("after_optimizer_step")
+        return params
+
+    def _assign(self, params: Tree) -> Tree:
+        self.set_params(params)
+        return self.model.live
+
+    # ------------------------------------------------------------- evaluation
+    def scores(
+        self, x: np.ndarray[Any, Any], t: np.ndarray[Any, Any], batch: int
+    ) -> np.ndarray[Any, Any]:
+        """Return class scores on the host."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            params = self.algorithm.eval_params(self.ops, self.params, self.state)
+            out = []
+            for at in range(0, len(x), batch):
+                part = self.ops.asarray(x[at : at + batch])
+                mine = self.ops.asarray(t[at : at + batch])
+                logits = self.algorithm.predict(
+                    self.ops, params, self.model, part, mine, self.state
+                )
+                if self.mask is not None:
+                    low = torch.tensor(self.ops.neg(logits), dtype=logits.dtype)
+                    logits = torch.where(self.mask[mine], logits, low.to(logits.device))
+                out.append(logits.cpu().numpy())
+        return np.concatenate(out)
+
+    # ------------------------------------------------------------- checkpoint
+    def arrays(self) -> dict[str, Any]:
+        """Return everything that a run has learned, as a tree of host arrays."""
+        moments: dict[str, Any] = {}
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, p in enumerate(order):
+            for key, value in self.optimizer.state.get(p, {}).items():
+                if value is not None:
+                    host = torch.as_tensor(value).detach().cpu().numpy()
+                    moments[f"{i}/{key}"] = host
+        buffers = {k: _host(v) for k, v in self.model.module.named_buffers()}
+        return {
+            "params": {k: _host(v) for k, v in self.params.items()},
+            "opt": moments,
+            "buffers": buffers,
+            "algo": _tree_host(self.state),
+        }
+
+    def load_arrays(self, tree: dict[str, Any]) -> None:
+        """Restore what :meth:`arrays` returned."""
+        with torch.no_grad():
+            for name, p in self.params.items():
+                _copy_into(p, tree["params"][name])
+            for name, b in self.model.module.named_buffers():
+                _copy_into(b, tree.get("buffers", {})[name])
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer.state.clear()
+        for key, value in tree.get("opt", {}).items():
+            number, _, field = key.partition("/")
+            p = order[int(number)]
+            tensor = torch.from_numpy(np.array(value))
+            self.optimizer.state[p][field] = tensor if field == "step" else tensor.to(p.device)
+        self.state = _tree_device(self.state, tree.get("algo", {}))
+
+
+def _host(x: Tensor) -> np.ndarray[Any, Any]:
+    x = x.detach().cpu()
+    if x.dtype == torch.bfloat16:
+        x = x.view(torch.int16)
+    return np.array(x.numpy())
+
+
+def _copy_into(target: Tensor, value: np.ndarray[Any, Any]) -> None:
+    source = torch.from_numpy(np.array(value))
+    if target.dtype == torch.bfloat16:
+        source = source.view(torch.bfloat16)
+    target.copy_(source)
+
+
+def _tree_host(tree: Any) -> Any:
+    return {k: _tree_host(v) for k, v in tree.items()} if isinstance(tree, dict) else _host(tree)
+
+
+def _tree_device(like: Any, tree: Any) -> Any:
+    if isinstance(like, dict):
+        return {key: _tree_device(value, tree.get(key, {})) for key, value in like.items()}
+    out = torch.empty_like(like)
+    _copy_into(out, tree)
+    return out

@@ -1,0 +1,449 @@
+"""The loop over tasks, epochs and steps; the same for both backends."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sequel import _check, checkpoint, resume
+from sequel.algorithms.base import Algorithm, Info, cross_entropy
+from sequel.buffer import Slots
+from sequel.callbacks import INNER, Callback
+from sequel.engine import Tools, plan_step
+from sequel.result import Result
+from sequel.rng import stream
+from sequel.scenarios import Data, Scenario, Task
+
+__all__ = ["Learner"]
+
+
+class Learner:
+    """Train a model on a stream of tasks with an algorithm.
+
+    Args:
+        model: a ``torch.nn.Module``; or, for JAX, a flax nnx module, a pair (linen module, variables) or a
+            :class:`sequel.nn.jax.FunctionalModel`.
+        optimizer: a ``torch.optim.Optimizer`` of exactly the model's parameters, or an optax transformation.
+        algorithm: e.g. ``sequel.EWC(lam=5.0)``.
+        backend: ``"torch"`` or ``"jax"``; None by the model's type.
+        loss: ``"cross_entropy"`` or ``fn(ops, logits, y) -> per-sample losses``.
+        batch_size, eval_batch_size: samples per step and per evaluation call.
+        grad_clip: largest gradient norm, or None.
+        lr_decay, min_lr: task t trains with ``max(lr * lr_decay^t, min_lr)``.
+        lr: the optimizer's learning rate, where the backend cannot read it (JAX with ``apply="prox"`` or
+            ``lr_decay``).
+        reset_optimizer: forget the moments at every task.
+        device: moves a PyTorch model; JAX uses its default device.
+        amp: ``"bf16"`` runs PyTorch's forward passes under autocast; importances stay in float32.
+        compile: run PyTorch's model through ``torch.compile``.
+        features: name of the module that is the encoder (PyTorch; default ``"encoder"``).
+        seed: of all counter-based streams.
+        nan: on a loss that is not finite: ``"raise"`` FloatingPointError, ``"skip"`` the step, ``"warn"``.
+        eval_every: also evaluate every n steps, for the any-time metrics.
+        scan_steps: steps per compiled block (JAX).
+        callbacks: see :class:`sequel.callbacks.Callback`.
+
+    >>> import torch, sequel
+    >>> x, y = torch.randn(60, 4).numpy(), np.arange(60) % 2
+    >>> scenario = sequel.scenarios.permuted((x, y), n_tasks=2)
+    >>> model = sequel.nn.MLP(4, (8,), 2)
+    >>> learner = Learner(model, torch.optim.SGD(model.parameters(), 0.1), sequel.Naive())
+    >>> learner.fit(scenario, epochs=1).matrix.shape
+    (2, 2)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        algorithm: Algorithm,
+        *,
+        backend: str | None = None,
+        loss: str | Callable[..., Any] = "cross_entropy",
+        batch_size: int = 32,
+        eval_batch_size: int = 1024,
+        grad_clip: float | None = None,
+        lr_decay: float = 1.0,
+        min_lr: float = 5e-5,
+        lr: float | None = None,
+        reset_optimizer: bool = True,
+        device: torch.device | str | None = None,
+        amp: str | None = None,
+        compile: bool = False,
+        features: str | None = None,
+        seed: int = 0,
+        nan: str = "raise",
+        eval_every: int | None = None,
+        scan_steps: int = 256,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        _check.count("batch_size", batch_size)
+        _check.count("eval_batch_size", eval_batch_size)
+        _check.count("scan_steps", scan_steps)
+        _check.one_of("nan", nan, ("raise", "skip", "warn"))
+        _check.one_of("amp", amp, (None, "bf16"))
+        _check.one_of("backend", backend, (None, "torch", "jax"))
+        _check.above("lr_decay", lr_decay, 0.0)
+        if grad_clip is not None:
+            _check.above("grad_clip", grad_clip, 0.0)
+        if not isinstance(algorithm, Algorithm):
+            raise TypeError(f"algorithm must be a sequel Algorithm, got {type(algorithm).__name__}")
+        if getattr(model, "_sequel_penalty", False):
+            raise RuntimeError(
+                "the model already carries a penalty of sequel.torch: a Learner would apply a second"
+            )
+        self.algorithm, self.seed, self.nan = algorithm, seed, nan
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.grad_clip, self.lr_decay, self.min_lr = grad_clip, lr_decay, min_lr
+        self.reset_optimizer, self.eval_every = reset_optimizer, eval_every
+        self.pointwise: Any = cross_entropy if loss == "cross_entropy" else loss
+        if not callable(self.pointwise):
+            raise ValueError(f"loss must be 'cross_entropy' or a function, got {loss!r}")
+        self.callbacks = list(callbacks)
+        if (backend or ("torch" if isinstance(model, torch.nn.Module) else "jax")) == "torch":
+            from sequel.backends.torch import TorchBackend
+
+            self.backend: Any = TorchBackend(
+                model, optimizer, features=features, device=device, amp=amp, compile=compile
+            )
+        else:
+            from sequel.backends.jax import JaxBackend
+
+            needs_lr = lr_decay != 1.0 or getattr(algorithm, "apply", "") == "prox"
+            if needs_lr and lr is None:
+                raise ValueError("lr must be given with JAX where lr_decay or apply='prox' is used")
+            self.backend = JaxBackend(model, optimizer, lr=lr, scan_steps=scan_steps)
+        self.scenario: Scenario | None = None
+        self.position = {"task": 0, "epoch": 0, "step": 0}
+        self.global_step = 0
+
+    def emit(self, hook: str, **info: Any) -> None:
+        """Call a hook of every callback."""
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, **info)
+
+    def setup(self, scenario: Scenario | Iterable[Task]) -> None:
+        """Bind the learner to a scenario; ``fit`` does it by itself."""
+        if self.scenario is not None:
+            if scenario is self.scenario:
+                return
+            raise RuntimeError("this learner is bound to another scenario: make a new Learner")
+        scenario = Scenario.of(scenario)
+        self.emit("on_before_setup")
+        first, backend, algorithm = scenario[0].train, self.backend, self.algorithm
+        if "features" in algorithm.needs and not backend.model.has_encoder():
+            raise TypeError(
+                f"{algorithm.name} needs an encoder: give the model an attribute 'encoder', or "
+                "features='name' (PyTorch), FunctionalModel(..., features=...) (JAX)"
+            )
+        self.scenario = scenario
+        sizes = tuple(len(task.train_index) for task in scenario)
+        source = scenario[0].source
+        backend.model.normalize(source.mean, source.std)
+        backend.model.n_classes = scenario.n_classes
+        width = backend.feature_dim(first.x[:1]) if "features" in algorithm.needs else 0
+        self.info = Info(
+            n_tasks=len(scenario),
+            n_classes=scenario.n_classes,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            x_shape=tuple(first.x.shape[1:]),
+            x_dtype=str(first.x.dtype),
+            train_sizes=sizes,
+            classes=tuple(tuple(task.classes) for task in scenario),
+            feature_dim=width,
+        )
+        self.pad = max(algorithm.training_sizes(sizes))
+        if backend.name == "jax":
+            backend.scan_steps = min(backend.scan_steps, -(-self.pad // self.batch_size))
+        backend.bind(
+            algorithm,
+            self.info,
+            mask=scenario.mask,
+            pointwise=self.pointwise,
+            grad_clip=self.grad_clip,
+            nan=self.nan,
+        )
+        spec = algorithm.memory_spec(self.info)
+        self.spec, self.slots = spec, None
+        if spec is not None:
+            if spec.capacity > sum(sizes):
+                warnings.warn(
+                    f"memory of {spec.capacity} samples is larger than the {sum(sizes)} of all tasks",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            self.slots = Slots(spec.capacity, spec.policy, self.seed, scenario.n_classes)
+        self.tools = Tools(
+            backend.ops,
+            backend.model,
+            self.info,
+            scenario,
+            backend.mask,
+            self.pointwise,
+            self.slots,
+            lambda kind, temperature: backend.make_sums(kind, temperature, self.tools.masked),
+        )
+        n = len(scenario)
+        self.matrix = np.full((n, n), np.nan)
+        self.initial = np.full(n, np.nan)
+        self.losses: list[float] = []
+        self.anytime: list[tuple[int, int, list[float]]] = []
+        self._fingerprint = ""
+        self._tests: Data | None = None
+        self.emit("on_after_setup")
+
+    @property
+    def fingerprint(self) -> str:
+        """The scenario's fingerprint."""
+        if not self._fingerprint and self.scenario is not None:
+            self._fingerprint = self.scenario.fingerprint()
+        return self._fingerprint
+
+    def fit(
+        self,
+        scenario: Scenario | Iterable[Task],
+        epochs: int | Sequence[int] = 1,
+        *,
+        stop_after: int | None = None,
+    ) -> Result:
+        """Train on every task in turn, evaluating on all after each; resumes where it stands.
+
+        Args:
+            scenario: the stream.
+            epochs: per task, or one number for all.
+            stop_after: return after that many tasks; calling ``fit`` again goes on.
+
+        Raises:
+            FloatingPointError: a loss that is not finite (``nan="raise"``).
+        """
+        self.setup(scenario)
+        assert self.scenario is not None
+        n = len(self.scenario)
+        counts = [epochs] * n if isinstance(epochs, int) else list(epochs)
+        if len(counts) != n or min(counts, default=0) < 0:
+            raise ValueError(f"epochs must be an integer >= 0, or {n} of them, got {epochs!r}")
+        rng = torch.get_rng_state()
+        self.emit("on_before_fit")
+        if np.isnan(self.initial).any():
+            self.initial = self.evaluate()
+        while self.position["task"] < (n if stop_after is None else min(stop_after, n)):
+            task = self.position["task"]
+            self.fit_task(task, counts[task])
+        self.emit("on_after_fit")
+        self.emit("on_before_teardown")
+        self.emit("on_after_teardown")
+        torch.set_rng_state(rng)
+        return self.result()
+
+    def result(self) -> Result:
+        """Return the result so far."""
+        return Result(
+            self.matrix.copy(),
+            self.initial.copy(),
+            list(self.losses),
+            list(self.anytime),
+            self.fingerprint,
+        )
+
+    def _scale(self, task: int) -> float:
+        jax = self.backend.name == "jax"
+        base = self.backend.base_lr if jax else self.backend.base_lrs[0]
+        if self.lr_decay == 1.0 or base is None:
+            return 1.0
+        return float(max(base * self.lr_decay**task, self.min_lr) / base)
+
+    def fit_task(self, number: int, epochs: int = 1) -> NDArray[np.float64]:
+        """Train on one task of the bound scenario and evaluate on all; returns the accuracies."""
+        if self.scenario is None:
+            raise RuntimeError("call setup(scenario) before fit_task")
+        task, backend = self.scenario[number], self.backend
+        fresh = self.position["task"] != number or (
+            self.position["epoch"] == 0 and self.position["step"] == 0
+        )
+        self.tools.task = number
+        backend.start_task(self._scale(number), fresh and self.reset_optimizer and number > 0)
+        self.tools.lr = backend.lr
+        if fresh:
+            self.position = {"task": number, "epoch": 0, "step": 0}
+            backend.hook("on_task_start", number, self.tools)
+        self.emit("on_before_training_task", task=number, name=task.name)
+        data = self.algorithm.training_data(self.scenario, number, self.tools, backend.state)
+        backend.load(data, self.pad)
+        for epoch in range(self.position["epoch"], epochs):
+            self._epoch(data, number, epoch, epochs)
+        self.emit("on_consolidate", task=number)
+        backend.hook("on_task_end", number, self.tools)
+        self.emit("on_before_validating_algorithm_on_all_tasks", task=number)
+        row = self.evaluate()
+        self.emit("on_after_validating_algorithm_on_all_tasks", task=number, row=row.tolist())
+        self.matrix[number] = row
+        task.forget()
+        self.position = {"task": number + 1, "epoch": 0, "step": 0}
+        self.emit("on_after_training_task", task=number, row=row.tolist())
+        return row
+
+    def _epoch(self, data: Data, number: int, epoch: int, epochs: int) -> None:
+        n, size = len(data), self.batch_size
+        steps = -(-n // size)
+        order = stream(self.seed, "order", number, epoch).permutation(n)
+        keys = stream(self.seed, "noise", number, epoch).integers(
+            2**32, size=(steps, 2), dtype=np.uint32
+        )
+        self.emit("on_before_training_epoch", task=number, epoch=epoch)
+        n_tasks = self.info.n_tasks
+        info = {"task": number, "tasks": n_tasks, "epoch": epoch, "epochs": epochs, "steps": steps}
+        at = self.position["step"]
+        while at < steps:
+            block = self._block(steps - at)
+            plans = []
+            for step in range(at, at + block):
+                index = order[step * size : (step + 1) * size]
+                plans.append(self._plan(data, index, (number, epoch, step), keys[step]))
+            for step in range(at, at + block):
+                self.emit("on_before_training_step", **info, step=step)
+                if self._inner():
+                    self.emit("on_before_backward", **info, step=step)
+            emit = None
+            if self._inner():
+                emit = lambda hook, step=at: self.emit(f"on_{hook}", **info, step=step)
+            losses = self.backend.run(plans, number, emit)
+            for offset, loss in enumerate(losses.tolist()):
+                self.losses.append(loss)
+                self.global_step += 1
+                step = at + offset
+                self.position = {"task": number, "epoch": epoch, "step": step + 1}
+                if step + 1 == steps:
+                    self.position = {"task": number, "epoch": epoch + 1, "step": 0}
+                if not np.isfinite(loss):
+                    self._not_finite(loss, number, epoch, step)
+                last = offset == block - 1
+                self.emit("on_after_training_step", **info, step=step, loss=loss, last=last)
+            at += block
+            if self.eval_every and self.global_step % self.eval_every == 0:
+                row = self.evaluate()
+                self.anytime.append((self.global_step, number, row.tolist()))
+        self.emit("on_after_training_epoch", task=number, epoch=epoch)
+
+    def _inner(self) -> bool:
+        return any(hook in dir(type(c)) for c in self.callbacks for hook in INNER)
+
+    def _block(self, left: int) -> int:
+        """Return the number of steps until something must happen on the host."""
+        jax = self.backend.name == "jax"
+        limit = self.backend.scan_steps if jax else (1 if self._inner() else 64)
+        every = [c.every_steps for c in self.callbacks if getattr(c, "every_steps", None)]
+        for n in [*every, self.eval_every]:
+            if n:
+                limit = min(limit, n - self.global_step % n)
+        return int(min(limit, left))
+
+    def _plan(
+        self,
+        data: Data,
+        index: NDArray[np.int64],
+        at: tuple[int, int, int],
+        key: NDArray[np.uint32],
+    ) -> dict[str, NDArray[Any]]:
+        return plan_step(self.algorithm, self.info, self.spec, self.slots, data, index, at, key)
+
+    def _not_finite(self, loss: float, task: int, epoch: int, step: int) -> None:
+        text = f"the loss is {loss} in task {task}, epoch {epoch}, step {step}"
+        if self.nan == "raise":
+            raise FloatingPointError(f"{text}; lower the learning rate, or pass nan='skip'")
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def observe(self, x: Any, y: Any, task: int | None = None) -> float:
+        """Take one step on a batch of at most ``batch_size`` samples (online learning); returns the loss.
+
+        Needs ``setup(scenario)``, which says how many tasks and classes there will be. ``task`` must be given
+        in task-incremental scenarios; a new number starts the task.
+        """
+        if self.scenario is None:
+            raise RuntimeError("call setup(scenario) before observe")
+        if task is None and self.scenario.kind == "task":
+            raise ValueError("task must be given: the scenario is task-incremental")
+        number = self.position["task"] if task is None else task
+        x, y = np.asarray(x), np.asarray(y)
+        if len(y) > self.batch_size:
+            raise ValueError(f"observe takes at most batch_size={self.batch_size}, got {len(y)}")
+        first = number != self.position["task"] or self.position["step"] == 0
+        self.tools.task = number
+        if first:
+            self.backend.start_task(self._scale(number), self.reset_optimizer and number > 0)
+            self.backend.hook("on_task_start", number, self.tools)
+            self.position = {"task": number, "epoch": 0, "step": 0}
+        data = Data(x, y, np.full(len(y), number, dtype=np.int64))
+        step = self.position["step"]
+        key = stream(self.seed, "noise", number, 0, step).integers(2**32, size=2, dtype=np.uint32)
+        plan = self._plan(data, np.arange(len(y)), (number, 0, step), key)
+        self.backend.load(data, self.batch_size)
+        loss = float(self.backend.run([plan], number)[0])
+        self.position["step"] += 1
+        self.global_step += 1
+        if not np.isfinite(loss):
+            self._not_finite(loss, number, 0, step)
+        return loss
+
+    def evaluate(self, scenario: Scenario | None = None) -> NDArray[np.float64]:
+        """Return the accuracy on the test set of every task."""
+        other = scenario is not None and scenario is not self.scenario
+        if other or self._tests is None:
+            parts = [task.test for task in (scenario if other else self.scenario) or ()]
+            owner = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
+            tests = Data.concat(parts)
+            if not other:
+                self._tests, self._owner = tests, owner
+        else:
+            tests, owner = self._tests, self._owner
+        self.emit("on_before_val_epoch")
+        if "task_wise" in self.algorithm.needs:
+            scores = np.concatenate(
+                [self._scores(tests[owner == j]) for j in range(int(owner.max()) + 1)]
+            )
+        else:
+            scores = self._scores(tests)
+        right = scores.argmax(1) == tests.y
+        hits = np.bincount(owner, weights=right)
+        self.emit("on_after_val_epoch")
+        out: NDArray[np.float64] = hits / np.bincount(owner)
+        return out
+
+    def _scores(self, data: Data) -> NDArray[Any]:
+        out: NDArray[Any] = self.backend.scores(data.x, data.t, self.eval_batch_size)
+        return out
+
+    def predict(self, x: Any, task: int | None = None) -> NDArray[Any]:
+        """Return class scores (N, C); ``task`` selects the mask and must be given in task-incremental runs."""
+        if self.scenario is None:
+            raise RuntimeError("call setup(scenario) before predict")
+        if task is None and (self.scenario.kind == "task" or "task_wise" in self.algorithm.needs):
+            raise ValueError("task must be given: predictions depend on it here")
+        zeros = np.zeros(len(x), dtype=np.int64)
+        return self._scores(Data(np.asarray(x), zeros, zeros + (task or 0)))
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return (tree of arrays, JSON-able header): all that a run needs to go on bit by bit."""
+        return resume.state_of(self)
+
+    def load_state_dict(self, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        resume.restore(self, *state)
+
+    def restore(self, tree: dict[str, Any], header: dict[str, Any], *, strict: bool = True) -> None:
+        """Go back to a checkpoint; RuntimeError where it is of another run, unless ``strict=False``."""
+        resume.restore(self, tree, header, strict=strict)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint, atomically and without pickle."""
+        checkpoint.write(path, *self.state_dict())
+
+    def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> None:
+        """Restore a checkpoint file into this learner, which is bound to its scenario."""
+        self.restore(*checkpoint.read(path), strict=strict)

@@ -1,0 +1,174 @@
+"""Named scenarios and the configurations that the paper's repository states targets for."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sequel import data as datasets
+from sequel import nn, scenarios
+from sequel.algorithms import ALGORITHMS, Algorithm
+from sequel.callbacks import Callback, Checkpoint
+from sequel.learner import Learner
+from sequel.loggers import CSVLogger
+from sequel.result import Result
+from sequel.scenarios import Dataset, Scenario
+
+__all__ = ["DEFAULTS", "REPRO", "make_algorithm", "make_scenario", "run"]
+
+KINDS = ("permuted", "rotated", "class", "task", "domain")
+DATA = ("digits", "mnist", "fashion", "kmnist", "mnist-test", "cifar10", "cifar100")
+
+DEFAULTS: dict[str, Any] = {
+    "scenario": "permuted-digits",
+    "tasks": 5,
+    "algo": "naive",
+    "params": {},
+    "backend": "torch",
+    "epochs": 3,
+    "batch_size": 16,
+    "lr": 0.05,
+    "momentum": 0.0,
+    "lr_decay": 1.0,
+    "hidden": [64, 64],
+    "dropout": 0.0,
+    "step": None,
+    "train_size": None,
+    "seed": 0,
+    "data_dir": None,
+    "every_steps": 200,
+}
+
+_ROTATED = {"scenario": "rotated-mnist", "tasks": 20, "epochs": 1, "step": 9.0, "batch_size": 10}
+REPRO: dict[str, dict[str, Any]] = {
+    "naive_rotatedmnist": {
+        **_ROTATED, "algo": "naive", "hidden": [256, 256], "lr": 0.01, "momentum": 0.8, "step": 10.0,
+        "expected": 46.3,
+    },
+    "ewc_rotatedmnist": {
+        **_ROTATED, "algo": "ewc", "params": {"lam": 1.0}, "hidden": [256, 256], "lr": 0.01,
+        "expected": 48.5,
+    },
+    "mcsgd_rotatedmnist": {
+        **_ROTATED, "algo": "mcsgd", "params": {"per_task": 100}, "hidden": [256, 256], "lr": 0.1,
+        "momentum": 0.8, "dropout": 0.2, "lr_decay": 0.8, "batch_size": 64, "expected": 82.3,
+    },
+    "lamaml_rotatedmnist": {
+        **_ROTATED, "algo": "lamaml", "params": {"memory": 200, "glances": 5}, "hidden": [100, 100],
+        "train_size": 1000, "expected": 77.42,
+    },
+}  # fmt: skip
+
+
+def make_dataset(name: str, data_dir: str | None, *, flat: bool) -> Dataset:
+    """Return a data set by name."""
+    if name == "digits":
+        return datasets.digits(images=not flat)
+    if name == "mnist-test":
+        if data_dir is None:
+            raise ValueError("mnist-test needs --data-dir with MNIST's t10k files")
+        return datasets.mnist_test(data_dir)
+    if name not in DATA:
+        raise ValueError(f"unknown data {name!r}; there are {', '.join(DATA)}")
+    found: Dataset = getattr(datasets, name)(data_dir)
+    return found
+
+
+def make_scenario(config: dict[str, Any]) -> Scenario:
+    """Return the scenario ``kind-data`` of a configuration, e.g. ``"permuted-digits"``."""
+    kind, _, name = str(config["scenario"]).partition("-")
+    if kind not in KINDS:
+        raise ValueError(f"unknown scenario {config['scenario']!r}: kind is one of {KINDS}")
+    source = make_dataset(name, config["data_dir"], flat=True)
+    if config["train_size"]:
+        cut = slice(0, int(config["train_size"]))
+        source = Dataset(
+            source.x_train[cut], source.y_train[cut], source.x_test, source.y_test,
+            source.mean, source.std,
+        )  # fmt: skip
+    n = int(config["tasks"])
+    if kind == "permuted":
+        return scenarios.permuted(source, n, seed=int(config["seed"]))
+    if kind == "rotated":
+        return scenarios.rotated(source, n, step=config["step"])
+    make = {
+        "class": scenarios.class_incremental,
+        "task": scenarios.task_incremental,
+        "domain": scenarios.domain_incremental,
+    }[kind]
+    return make(source, n)
+
+
+def make_algorithm(name: str, params: dict[str, Any]) -> Algorithm:
+    """Return an algorithm by name; values given as text are parsed as JSON where they can be."""
+    if name not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {name!r}; there are {', '.join(sorted(ALGORITHMS))}")
+    known = {f.name for f in fields(ALGORITHMS[name])}  # type: ignore[arg-type]
+    if set(params) - known:
+        raise ValueError(
+            f"{name} has no parameter {', '.join(sorted(set(params) - known))}; it has "
+            f"{', '.join(sorted(known))}"
+        )
+    return ALGORITHMS[name](**{key: _value(value) for key, value in params.items()})
+
+
+def _value(text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def make_learner(
+    config: dict[str, Any], scenario: Scenario, callbacks: tuple[Callback, ...] = ()
+) -> Learner:
+    """Return the learner of a configuration, with its network and SGD."""
+    inputs = int(np.prod(scenario[0].train.x.shape[1:]))
+    hidden, dropout, seed = list(config["hidden"]), float(config["dropout"]), int(config["seed"])
+    lr, momentum = float(config["lr"]), float(config["momentum"])
+    options: dict[str, Any] = {
+        "batch_size": int(config["batch_size"]),
+        "seed": seed,
+        "lr_decay": float(config["lr_decay"]),
+        "callbacks": callbacks,
+    }
+    algorithm = make_algorithm(config["algo"], config["params"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.MLP(inputs, hidden, scenario.n_classes, dropout=dropout)
+    if config["backend"] == "torch":
+        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=momentum)
+        return Learner(model, optimizer, algorithm, **options)
+    import optax
+
+    tx = optax.sgd(lr, momentum=momentum or None)
+    return Learner(nn.to_jax(model), tx, algorithm, lr=lr, **options)
+
+
+def run(
+    config: dict[str, Any],
+    out: str | os.PathLike[str] | None = None,
+    callbacks: tuple[Any, ...] = (),
+) -> Result:
+    """Run one configuration; with ``out`` it logs there, leaves ``run.json`` and can be resumed."""
+    config = {**DEFAULTS, **config}
+    if unknown := sorted(set(config) - set(DEFAULTS) - {"expected"}):
+        raise ValueError(f"unknown settings {unknown}; there are {sorted(DEFAULTS)}")
+    scenario = make_scenario(config)
+    extra: tuple[Any, ...] = tuple(callbacks)
+    if out is not None:
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        algorithm = make_algorithm(config["algo"], config["params"])
+        echo = {**config, "params": asdict(algorithm)}  # type: ignore[call-overload]
+        (folder / "run.json").write_text(json.dumps(echo, indent=1) + "\n")
+        extra = (CSVLogger(folder), Checkpoint(folder, every_steps=config["every_steps"]), *extra)
+    return make_learner(config, scenario, extra).fit(scenario, int(config["epochs"]))
