@@ -15,9 +15,12 @@ import deepemd
 import denseformer
 import gradient_alignment as ga
 import hypermixer
+import lcnn
 import lines_merge as lm
+import mi_surrogates as mi
 import palora
 import pytest
+import sequel
 import torch
 from lookahead_minmax import LookaheadMinmax
 from torch import Tensor, nn
@@ -82,11 +85,19 @@ def softened() -> nn.Module:
     return ga.soften(convolutional())
 
 
+def low_curvature() -> nn.Module:
+    model = lcnn.convert(convolutional(), images())
+    for _ in range(3):
+        model(images())  # running statistics and singular vectors
+    return model
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "denseformer": (densified, tokens),
     "hypermixer": (mixed, images),
     "palora": (adapted, images),
     "gradient-alignment": (softened, images),
+    "lcnn": (low_curvature, images),
 }
 
 
@@ -208,3 +219,52 @@ def test_the_regularised_loss_and_its_gradients_equal_those_of_the_cpu(device: s
     assert_near(got, want, 1e-4)
     for a, b in zip(got_grads, want_grads, strict=True):
         assert_near(a, b, 1e-3)
+
+
+def test_importance_of_parameters_equals_that_of_the_cpu(device: str) -> None:
+    torch.manual_seed(0)
+    model = convolutional().eval()
+    x, y = images(), torch.arange(6) % 4
+    results = []
+    for place in ("cpu", device):
+        moved = copy.deepcopy(model).to(place)
+        ewc = sequel.torch.EWC(moved, lam=2.0)
+        ewc.consolidate([(x.to(place), y.to(place))])
+        with torch.no_grad():
+            for parameter in moved.parameters():
+                parameter.add_(0.1)
+        results.append((ewc.penalty(), ewc.omega.get()))
+    (want, want_omega), (got, got_omega) = results
+    assert got.device.type == device
+    assert_near(got, want, 1e-4)
+    for name, value in want_omega.items():
+        assert_near(got_omega[name], value, 1e-3)
+
+
+def test_information_on_a_device_is_near_the_closed_form(device: str) -> None:
+    """Gaussian with correlation 0.8: half the log of 1 / (1 - 0.64) is 0.511 nats."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 1, generator=generator)
+    y = 0.8 * x + 0.6 * torch.randn(2000, 1, generator=generator)
+    found = mi.mutual_information(
+        x,
+        y,
+        method="mine",
+        max_steps=400,
+        device=device,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert abs(found.value - 0.511) < 0.1
+
+
+def test_curvature_on_a_device_equals_that_of_the_cpu(device: str) -> None:
+    torch.manual_seed(0)
+    model = low_curvature().eval()
+    x, y = images(), torch.arange(6) % 4
+    want = lcnn.curvature(model, x, y, method="exact")
+    got = lcnn.curvature(
+        copy.deepcopy(model).to(device), x.to(device), y.to(device), method="exact"
+    )
+    assert got.hessian_norm.device.type == device
+    assert_near(got.hessian_norm, want.hessian_norm, 1e-3)
+    assert_near(got.grad_norm, want.grad_norm, 1e-3)
