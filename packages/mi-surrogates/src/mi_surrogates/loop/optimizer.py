@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import time
 import warnings
 from typing import Any
@@ -121,11 +122,8 @@ class Optimizer:
         space.check_initial()
         self.space = space
         self.objective = make_objective(objective, device, dtype)
-        learned = isinstance(self.objective, RecoObjective) or (
-            isinstance(self.objective, MIObjective) and self.objective.settings.trained
-        )
-        if learned and events < 50:
-            raise ValueError(f"a learned objective needs events >= 50, got {events}")
+        if isinstance(self.objective, (MIObjective, RecoObjective)):
+            self.objective.check_events(events)
         self.surrogate_name, self.designs, self.events = surrogate, designs, events
         self.block, self.kappa = block or events, kappa
         self.warm_start, self.reuse, self.adapt = warm_start, reuse, adapt
@@ -189,7 +187,7 @@ class Optimizer:
         ]
 
     def _find(self, trial: Trial | int) -> Trial:
-        design = trial if isinstance(trial, int) else trial.design
+        design = trial.design if isinstance(trial, Trial) else operator.index(trial)
         if not 0 <= design < len(self._trials) or (
             isinstance(trial, Trial) and trial.iteration != self.iteration
         ):
@@ -253,7 +251,7 @@ class Optimizer:
             self.region.center,
             self.region.sigma,
             seed_of(self.seed, self.iteration, 2**32 - 1, 1),
-            self.warm_start,
+            self.warm_start and self.iteration > 0,  # the objective may have served another run
         )
         value, stderr = self.objective.evaluate(batch)
         if value.shape != (len(order),) or stderr.shape != (len(order),):
