@@ -409,6 +409,8 @@ def test_rosenbrock_and_camel_are_climbed_through_their_hidden_plane(dim: int) -
             "k must be below the 9 events",
         ),
         (lambda: Optimizer(space(), designs=1), ValueError, "designs must be at least 2"),
+        (lambda: Optimizer(space(), patience=0), ValueError, "patience must be at least 1"),
+        (lambda: Optimizer(space(), seed=-1), ValueError, "seed must be at least 0"),
         (lambda: Optimizer(space(), kappa=0.0), ValueError, "kappa"),
         (lambda: Optimizer(space(), sigma_min=2.0, sigma_max=1.0), ValueError, "sigma_min"),
         (lambda: toy(iterations=0), ValueError, "iterations"),

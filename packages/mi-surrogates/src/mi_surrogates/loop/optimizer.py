@@ -114,6 +114,8 @@ class Optimizer:
             events=(events, 1),
             epochs=(epochs, 1),
             reuse=(reuse, 0),
+            patience=(1 if patience is None else patience, 1),
+            seed=(seed, 0),
             block=(events if block is None else block, 1),
         )
         check_positive(kappa=kappa, lr=lr, trust_radius=trust_radius, sigma_min=sigma_min)
@@ -140,8 +142,7 @@ class Optimizer:
         self.multipliers = torch.zeros(len(space.soft), dtype=torch.float64)
         self.penalty = 10.0
         self.total_events = 0
-        # designs of all iterations: θ, value, standard error, iteration
-        self._points: list[tuple[Floats, float, float, int]] = []
+        self._points: list[tuple[Floats, float, float, int]] = []  # θ, value, error, iteration
         self._last: Step | None = None  # the step that led to the present center
         self._previous: tuple[Floats, Floats] | None = None  # center and Σ before it
         self._accepted: tuple[Floats, float, float] | None = None
