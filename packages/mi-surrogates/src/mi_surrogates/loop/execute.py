@@ -223,7 +223,7 @@ def run_trials(
             if not pending:
                 continue
             done, _ = wait(pending, 0.02 if timeout else None, FIRST_COMPLETED)
-            for future in done:
+            for future in [each for each in pending if each in done]:  # in the order of submission
                 job = pending.pop(future)
                 try:
                     found = future.result()
