@@ -1,6 +1,6 @@
 """Design of a sampling calorimeter by information, by reconstruction, by CMA-ES and at random.
 
-`python examples/demo.py [--out DIR] [--json] [--seed 10]` takes one and a half minutes of one core.
+`python examples/demo.py [--out DIR] [--json] [--seed 10]` takes about one and a half minutes of one core.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ def test_parameters_and_arrays_make_the_same_space() -> None:
         (lambda: DesignSpace({"a": Parameter(0.5, 1.0, 1.0)}), "'a': lower 1.0 must be below"),
         (lambda: DesignSpace({"a": Parameter(3.0, 0.0, 1.0)}), "'a': initial 3.0 is outside"),
         (lambda: DesignSpace({"a": Parameter(0.5, 0.0, 1.0, sigma=0.0)}), "'a': sigma must be"),
+        (lambda: DesignSpace({"a": Parameter(0.5, 0.0, math.inf, sigma=1.0)}), "'a': .* finite"),
         (lambda: DesignSpace({}), "at least one parameter"),
         (lambda: DesignSpace(), "give either"),
         (lambda: box(2, names=["a", "a"]), "names must be 2 different"),
@@ -246,6 +247,20 @@ def test_warm_started_surrogate_is_the_same_function_in_a_new_frame() -> None:
         ),
         (lambda: EnsembleSurrogate(1).fit(torch.zeros(9), torch.zeros(9)), "theta must be"),
         (lambda: EnsembleSurrogate(1).fit(points(1, 2) / 0, torch.zeros(2)), "finite"),
+        (
+            lambda: QuadraticSurrogate(1).fit(
+                points(1, 9), torch.zeros(9), torch.full((9,), math.nan)
+            ),
+            "stderr must be finite",
+        ),
+        (
+            lambda: EnsembleSurrogate(1).fit(points(1, 9), torch.zeros(9), None, -torch.ones(9)),
+            "weight must be finite and at least 0",
+        ),
+        (
+            lambda: EnsembleSurrogate(1).fit(points(1, 9), torch.zeros(9), None, torch.zeros(9)),
+            "positive for at least one",
+        ),
         (lambda: Region(np.zeros(1), np.eye(1), 0.0), "radius"),
     ],
 )

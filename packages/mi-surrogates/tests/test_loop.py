@@ -105,6 +105,53 @@ def test_warm_start_carries_the_critic() -> None:
     assert warm.evaluate(batch())[0].mean() > cold.evaluate(batch(warm=False))[0].mean()
 
 
+@pytest.mark.parametrize("objective", [MIObjective(steps=10), RecoObjective(steps=10)])
+def test_an_objective_that_served_another_run_starts_afresh(objective) -> None:
+    """The networks of a first run must not leak into a second one with the same object."""
+    options = {"iterations": 2, "surrogate": "mlp", "designs": 6}
+    first, second = (toy(objective, **options) for _ in range(2))
+    assert np.array_equal(first.values, second.values)
+    assert np.array_equal(first.theta, second.theta)
+
+
+@pytest.mark.parametrize("method", ["ksg", "gaussian"])
+def test_a_degenerate_design_is_dropped_and_the_others_are_kept(method: str) -> None:
+    each = batch()
+    y = each.y.clone()
+    y[2] = 1.0  # a dead channel
+    with pytest.warns(UserWarning, match="1 of 4 designs have no estimate: "):
+        value, stderr = MIObjective(method).evaluate(Batch(**{**vars(each), "y": y}))
+    whole = MIObjective(method).evaluate(each)
+    assert (
+        torch.isnan(value).tolist() == torch.isnan(stderr).tolist() == [False, False, True, False]
+    )
+    kept = [0, 1, 3]
+    assert torch.allclose(value[kept], whole[0][kept], rtol=1e-12)
+    assert torch.allclose(stderr[kept], whole[1][kept], rtol=1e-12)  # summed in another order
+    rounded = Batch(**{**vars(each), "y": each.y.round()})
+    with pytest.raises(DegenerateData, match="ties" if method == "ksg" else "singular"):
+        MIObjective(method).evaluate(
+            rounded if method == "ksg" else Batch(**{**vars(each), "y": each.x})
+        )
+
+
+def test_best_iteration_is_found_where_a_nominal_design_failed() -> None:
+    calls: list[int] = []
+
+    def first_fails(theta, n, seed):
+        calls.append(seed)
+        if len(calls) == 1:
+            raise RuntimeError("cold start")
+        return linear(theta, n, seed)
+
+    result = optimize(
+        first_fails, space(), MIObjective("gaussian"), **QUIET, iterations=4, retries=0
+    )
+    assert math.isnan(result.history[0].value)
+    lows = [it.value - 2 * it.stderr for it in result.history]
+    assert result.best.index == int(np.nanargmax(lows))
+
+
 def test_degenerate_events_are_refused() -> None:
     each = batch()
     for name, message in (("x", "no signal"), ("y", "no influence")):
@@ -346,7 +393,24 @@ def test_rosenbrock_and_camel_are_climbed_through_their_hidden_plane(dim: int) -
         (lambda: Optimizer(space(), adapt="grow"), ValueError, "trust, stretch, none"),
         (lambda: Optimizer(space(), surrogate="quadratic", designs=3), ValueError, "designs >= 4"),
         (lambda: Optimizer(space(), events=20), ValueError, "events >= 50"),
+        (
+            lambda: Optimizer(space(), MIObjective(batch_size=61), events=60),
+            ValueError,
+            "batch_size 61 is above the 60 events",
+        ),
+        (
+            lambda: Optimizer(space(), RecoObjective(batch_size=61), events=60),
+            ValueError,
+            "batch_size 61 is above the 60 events",
+        ),
+        (
+            lambda: Optimizer(space(), MIObjective("ksg", k=9), events=9),
+            ValueError,
+            "k must be below the 9 events",
+        ),
         (lambda: Optimizer(space(), designs=1), ValueError, "designs must be at least 2"),
+        (lambda: Optimizer(space(), patience=0), ValueError, "patience must be at least 1"),
+        (lambda: Optimizer(space(), seed=-1), ValueError, "seed must be at least 0"),
         (lambda: Optimizer(space(), kappa=0.0), ValueError, "kappa"),
         (lambda: Optimizer(space(), sigma_min=2.0, sigma_max=1.0), ValueError, "sigma_min"),
         (lambda: toy(iterations=0), ValueError, "iterations"),
@@ -380,6 +444,7 @@ def fresh() -> Optimizer:
     ("call", "error", "message"),
     [
         (lambda o: o.tell(0, np.ones(3), np.ones(3)), ValueError, "must have 10 events, got 3"),
+        (lambda o: o.tell(np.int64(9), np.ones(10), np.ones(10)), ValueError, "no trial 9"),
         (lambda o: o.tell(9, np.ones(10), np.ones(10)), ValueError, "no trial 9"),
         (lambda o: o.tell(0, np.ones(10), np.full(10, np.inf)), ValueError, "NaN or infinite"),
         (lambda o: (o.fail(0, "x"), o.fail(0, "y")), ValueError, "told before"),

@@ -196,6 +196,20 @@ def test_shell_script_gets_numbers_and_variables(tmp_path: Path) -> None:
     assert y.ravel().tolist() == [4, 4, 4]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_timeout_kills_what_a_wrapper_script_started(tmp_path: Path) -> None:
+    script, note = tmp_path / "wrap.sh", tmp_path / "pid"
+    script.write_text('sleep 60 & echo $! > "$1"; wait')
+    run = CommandSimulator(["sh", str(script), str(note), "{out}"], ["a"], timeout=2.0)
+    with pytest.raises(TimeoutError, match="killed after 2 s"):
+        run(np.array([1.0]), 3, 0)
+    child = Path(f"/proc/{note.read_text().strip()}")
+    if not Path("/proc").is_dir():
+        pytest.skip("no /proc to look into")
+    # killed: gone, or a zombie until its new parent collects it
+    assert not child.exists() or (child / "stat").read_text().split()[2] == "Z"
+
+
 @pytest.mark.parametrize(
     ("run", "error", "message"),
     [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import threading
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from mi_surrogates import (
     optimize,
 )
 from mi_surrogates.cli import main
+from mi_surrogates.loop.describe import describe
 from mi_surrogates.loop.execute import Trial, run_trials
 from mi_surrogates.loop.store import Store, write_atomically
 
@@ -124,21 +128,69 @@ def trials(count: int) -> list[Trial]:
 
 
 def test_hanging_simulations_are_given_up_after_the_timeout() -> None:
-    done, failed = [], {}
-    many = [
-        Trial(0, i, np.array([t, 0.0]), ((20, i),)) for i, t in enumerate([0.100001, 0.1, 0.200001])
-    ]
+    done, failed, release = [], {}, threading.Event()
+
+    def hangs(theta, n, seed):
+        if theta[0] > 0.5:
+            release.wait(60)
+        return toys.linear(theta, n, seed)
+
+    many = [Trial(0, i, np.array([t, 0.0]), ((20, i),)) for i, t in enumerate([0.6, 0.1, 0.9])]
     with ThreadPoolExecutor(3) as pool:
         run_trials(
-            toys.hangs_sometimes,
+            hangs,
             many,
             lambda t, x, y: done.append(t.design),
             lambda t, e: failed.update({t.design: e.reason}),
             executor=pool,
-            timeout=0.5,
+            timeout=2.0,
         )
-    assert failed == {0: "no result after 0.5 s", 2: "no result after 0.5 s"}
+        release.set()
+    assert failed == {0: "no result after 2 s", 2: "no result after 2 s"}
     assert done == [1]
+
+
+class Queueing(Executor):
+    """As a process pool: two workers, and a submitted block is "running" while it waits for one."""
+
+    def __init__(self) -> None:
+        self._max_workers, self.waiting, self.most = 2, [], 0
+        self.lock = threading.Lock()
+
+    def submit(self, function, *args):
+        future: Future = Future()
+        future.set_running_or_notify_cancel()
+        with self.lock:
+            self.waiting.append((future, function, args))
+            self.most = max(self.most, len(self.waiting))
+        threading.Timer(0.01, self.work).start()
+        return future
+
+    def work(self) -> None:
+        with self.lock:  # design 0 never ends and keeps its worker
+            job = next((job for job in self.waiting if job[2][-1] != 0), None)
+            if job is not None:
+                self.waiting.remove(job)
+        if job is not None:
+            future, function, args = job
+            future.set_result(function(*args))
+
+
+def test_time_in_the_queue_of_a_pool_does_not_count_as_running() -> None:
+    """With a timeout only as many blocks are out as there are workers, those that hang included."""
+    pool, done, failed = Queueing(), [], []
+    run_trials(
+        toys.linear,
+        trials(6),
+        lambda t, x, y: done.append(t.design),
+        lambda t, e: failed.append(t.design),
+        executor=pool,
+        timeout=1.0,
+        in_flight=5,
+    )
+    assert pool.most == 2
+    assert failed == [0]
+    assert sorted(done) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -179,8 +231,6 @@ def test_failed_calls_are_repeated_with_the_same_seed(threads: int) -> None:
 
 
 def test_executor_that_fails_in_its_own_way_is_a_failed_trial() -> None:
-    from concurrent.futures import Executor, Future
-
     class Odd(Executor):
         def submit(self, *args, **kwargs):
             future: Future = Future()
@@ -303,6 +353,35 @@ def test_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
         run(checkpoint=tmp_path / "new", resume=True)
 
 
+class Holds:
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def call(self, theta, n, seed):
+        return toys.linear(theta, n, seed)
+
+    __call__ = call
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Holds(np.zeros(3)), Holds(np.ones(3))),
+        (Holds(np.int64(3)), Holds(np.int64(4))),
+        (Holds(torch.zeros(2)), Holds(torch.ones(2))),
+        (Holds(Path("a")), Holds(Path("b"))),
+        (Holds([{"a": (1, None)}]), Holds([{"a": (2, None)}])),
+        (Holds(torch.nn.Linear(1, 1)), Holds(torch.nn.Linear(1, 1))),
+        (partial(toys.linear, n=1), partial(toys.linear, n=2)),
+        (Holds(1).call, Holds(2).call),
+        (Holds(torch.float32), Holds(torch.float64)),
+    ],
+)
+def test_simulators_that_hold_other_values_are_other_configurations(one, other) -> None:
+    assert describe(one) != describe(other)
+    assert json.loads(json.dumps(describe(one))) == describe(copy.deepcopy(one))
+
+
 HOLD = """
 import sys, time
 from mi_surrogates.loop.store import Store
@@ -420,6 +499,29 @@ def test_command_line_runs_resumes_and_reports(
     assert main(["run", *common, "--objective", "reco", "--iterations", "1"]) == 0
 
 
+def test_resume_goes_on_with_the_last_command_that_began(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "space.toml").write_text(SPACE)
+    monkeypatch.chdir(HERE)
+    folder = str(tmp_path / "run")
+    tail = ["--space", str(tmp_path / "space.toml"), "--surrogate", "quadratic", "--quiet"]
+    tail += ["--method", "gaussian", "--designs", "8", "--events", "100", "--checkpoint", folder]
+    tail += ["--iterations", "3", "--json"]
+    assert main(["run", "toy_simulators:nothing", *tail]) == 2
+    assert main(["run", "toy_simulators:always_fails", *tail]) == 1
+    assert "no licence" in capsys.readouterr().err
+    folder = str(tmp_path / "other")
+    tail[tail.index("--checkpoint") + 1] = folder
+    assert main(["run", "toy_simulators:nothing", *tail]) == 2
+    assert main(["run", "toy_simulators:linear", *tail[:-2], "1"]) == 0
+    assert main(["run", "toy_simulators:linear", *tail, "--seed", "1"]) == 2  # another run
+    capsys.readouterr()
+    for arguments, iterations in (([], 3), (["--iterations", "4"], 4), ([], 4)):
+        assert main(["resume", folder, "--json", "--quiet", *arguments]) == 0
+        assert json.loads(capsys.readouterr().out)["iterations"] == iterations
+
+
 def test_command_line_estimates_and_lists(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,6 +535,15 @@ def test_command_line_estimates_and_lists(
     assert main(["estimate", data, "--method", "ksg", "--units", "bits", "--json", "--quiet"]) == 0
     found = json.loads(capsys.readouterr().out)["estimates"][0]["value"]
     assert found == pytest.approx(0.5 * np.log2(1 + 1 / 0.04), abs=0.2)
+    np.savez(tmp_path / "few.npz", x=x[:120], y=y[:120])  # fewer than two of the usual minibatches
+    few = [str(tmp_path / "few.npz"), "--method", "ba", "--json", "--quiet"]
+    assert main(["estimate", *few]) == 0
+    assert json.loads(capsys.readouterr().out)["estimates"][0]["value"] > 0
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 and no more")
+    np.save(tmp_path / "one.npy", x)
+    for name in ("bad.npz", "one.npy"):
+        assert main(["estimate", str(tmp_path / name)]) == 2
+        assert "is no npz file" in capsys.readouterr().err
     assert main(["problems"]) == 0
     assert "water_filling" in capsys.readouterr().out
     assert main(["problems", "--json"]) == 0

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +15,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mi_surrogates.design import DesignSpace
 
+NUMBERS = ("iterations", "workers", "timeout")  # of a run that may change when it goes on
 METHODS = ("mine", "nwj", "infonce", "js", "smile", "ba", "ksg", "gaussian")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mi-surrogates", description=__doc__)
+    from mi_surrogates import __version__
+
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object")
     common.add_argument("--quiet", action="store_true", help="no progress")
 
     loop = argparse.ArgumentParser(add_help=False)
-    loop.add_argument("--workers", type=int, default=1, help="processes for the simulator")
-    loop.add_argument("--iterations", type=int, default=30)
+    loop.add_argument("--workers", type=int, help="processes for the simulator (1)")
+    loop.add_argument("--iterations", type=int, help="at most (30)")
     loop.add_argument("--timeout", type=float, help="seconds for one call (with --workers > 1)")
 
     run = commands.add_parser("run", parents=[common, loop], help="optimise a simulator's design")
@@ -45,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--checkpoint", type=Path, help="folder of the run")
     run.add_argument("--out", type=Path, help="file for the result (.pt)")
 
-    resume = commands.add_parser("resume", parents=[common, loop], help="go on with a run")
+    resume = commands.add_parser(
+        "resume", parents=[common, loop], help="go on with a run, with its own numbers by default"
+    )
     resume.add_argument("checkpoint", type=Path)
     resume.add_argument("--out", type=Path, help="file for the result (.pt)")
 
@@ -105,14 +112,15 @@ def load_simulator(name: str) -> Any:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(f"no module {error.name!r} for the simulator {name!r}") from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"module {module!r} cannot be imported: {reason}") from error
     if not callable(getattr(found, attribute, None)):
         raise ValueError(f"{module} has no callable {attribute!r}")  # noqa: TRY004 (bad input)
     return getattr(found, attribute)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mi_surrogates.loop.store import write_atomically
-
     spec = {
         key: getattr(arguments, key)
         for key in (
@@ -126,10 +134,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     }
     spec["space"] = str(arguments.space.resolve())
-    if arguments.checkpoint is not None:
-        file = arguments.checkpoint / "command.json"
-        if not file.exists():
-            write_atomically(file, json.dumps(spec, indent=1).encode())
+    spec.update(iterations=30, workers=1, timeout=None)
     return _optimize(spec, arguments)
 
 
@@ -140,26 +145,44 @@ def _resume(arguments: argparse.Namespace) -> int:
     return _optimize(json.loads(file.read_text(encoding="utf-8")), arguments)
 
 
+def _remember(folder: Path, spec: dict[str, Any]) -> None:
+    """Write down what `resume` goes on with; once a run has begun, only its numbers can change."""
+    from mi_surrogates.loop.store import write_atomically
+
+    file = folder / "command.json"
+    if file.exists() and (folder / "config.json").exists():
+        numbers = {key: spec[key] for key in NUMBERS}
+        spec = {**json.loads(file.read_text(encoding="utf-8")), **numbers}
+    write_atomically(file, json.dumps(spec, indent=1).encode())
+
+
 def _optimize(spec: dict[str, Any], arguments: argparse.Namespace) -> int:
     from concurrent.futures import ProcessPoolExecutor
 
     from mi_surrogates.loop import MIObjective, optimize
 
-    if arguments.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
-    pool = ProcessPoolExecutor(arguments.workers) if arguments.workers > 1 else None
+    for key in NUMBERS:
+        if getattr(arguments, key) is not None:
+            spec[key] = getattr(arguments, key)
+    workers = spec["workers"]
+    if workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}")
+    simulator, space = load_simulator(spec["simulator"]), load_space(Path(spec["space"]))
+    if arguments.checkpoint is not None:
+        _remember(arguments.checkpoint, spec)
+    pool = ProcessPoolExecutor(workers) if workers > 1 else None
     try:
         result = optimize(
-            load_simulator(spec["simulator"]),
-            load_space(Path(spec["space"])),
+            simulator,
+            space,
             MIObjective(spec["method"]) if spec["objective"] == "mi" else spec["objective"],
             surrogate=spec["surrogate"],
             designs=spec["designs"],
             events=spec["events"],
             seed=spec["seed"],
-            iterations=arguments.iterations,
+            iterations=spec["iterations"],
             executor=pool,
-            timeout=arguments.timeout,
+            timeout=spec["timeout"],
             checkpoint=arguments.checkpoint,
             progress=not arguments.quiet,
         )
@@ -254,16 +277,21 @@ def _estimate(arguments: argparse.Namespace) -> int:
 
     from mi_surrogates.information import mutual_information
 
+    if arguments.data.exists() and not zipfile.is_zipfile(arguments.data):
+        raise ValueError(f"{arguments.data} is no npz file")
     with np.load(arguments.data) as data:
         if not {"x", "y"} <= set(data.files):
             raise ValueError(f"{arguments.data} must have arrays x and y, has {data.files}")
         x, y = data["x"], data["y"]
+    batch = max(1, min(256, len(x) // 2))  # half of the events are trained on
     rows = []
     for method in arguments.method.split(","):
         if not arguments.quiet:
             print(f"{method} ...", file=sys.stderr)
         generator = torch.Generator().manual_seed(arguments.seed)
-        est = mutual_information(x, y, method, units=arguments.units, generator=generator)
+        est = mutual_information(
+            x, y, method, units=arguments.units, generator=generator, batch_size=batch
+        )
         row: dict[str, Any] = {
             "method": method,
             "value": est.value,

@@ -129,6 +129,11 @@ class DesignSpace:
         ).copy()
         self.sigma: Floats = np.where(np.isnan(spread), (self.upper - self.lower) / 10, spread)
         for i, name in enumerate(self.names):
+            if not math.isfinite(self.upper[i] - self.lower[i]):
+                raise ValueError(
+                    f"parameter {name!r}: the bounds must be finite, got [{self.lower[i]}, "
+                    f"{self.upper[i]}]"
+                )
             if not self.lower[i] < self.upper[i]:
                 raise ValueError(
                     f"parameter {name!r}: lower {self.lower[i]} must be below upper {self.upper[i]}"

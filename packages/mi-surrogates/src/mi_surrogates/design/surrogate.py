@@ -34,6 +34,11 @@ def check_points(
             raise ValueError(f"{name} must be ({theta.shape[0]},), got {tuple(each.shape)}")
     if not bool(torch.isfinite(theta).all()) or not bool(torch.isfinite(value).all()):
         raise ValueError("theta and value must be finite")
+    for name, each in (("stderr", stderr), ("weight", weight)):
+        if each is not None and not bool((torch.isfinite(each) & (each >= 0)).all()):
+            raise ValueError(f"{name} must be finite and at least 0")
+    if weight is not None and not bool((weight > 0).any()):
+        raise ValueError("weight must be positive for at least one point")
     w = torch.ones_like(value)
     if stderr is not None:
         # no point counts more than the spread of the values warrants

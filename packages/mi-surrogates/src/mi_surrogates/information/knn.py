@@ -11,7 +11,7 @@ from torch import Tensor
 from mi_surrogates.errors import DegenerateData
 
 TILE = 2**22  # distances held at once by the brute-force path
-BRUTE = 512  # samples up to which all distances are cheaper than a tree
+BRUTE = 128  # samples up to which all distances are cheaper than a tree on a CPU
 
 
 def _check(x: Tensor, y: Tensor, k: int) -> None:

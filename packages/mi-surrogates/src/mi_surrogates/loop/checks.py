@@ -84,3 +84,18 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
+
+
+def check_training(events: int, batch_size: int) -> None:
+    """Raise ValueError if there are too few events of a design to train on.
+
+    Example:
+        >>> check_training(400, 500)
+        Traceback (most recent call last):
+            ...
+        ValueError: batch_size 500 is above the 400 events
+    """
+    if events < 50:
+        raise ValueError(f"a learned objective needs events >= 50, got {events}")
+    if batch_size > events:
+        raise ValueError(f"batch_size {batch_size} is above the {events} events")

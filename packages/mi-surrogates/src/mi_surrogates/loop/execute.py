@@ -164,7 +164,8 @@ def run_trials(
         timeout: seconds that a block may run; it is then given up (the worker cannot be stopped) and not
             repeated. Not watched without an executor.
         retries: how often a failed block is repeated, with the same seed.
-        in_flight: blocks submitted at once; twice the number of workers by default.
+        in_flight: blocks submitted at once; twice the number of workers by default, and no more than the
+            number of free workers with a timeout, so that waiting in a queue does not count as running.
 
     Raises:
         SimulationError: the executor broke (a worker died).
@@ -205,10 +206,14 @@ def run_trials(
 
     workers = getattr(executor, "_max_workers", None) or os.cpu_count() or 1
     limit = in_flight or 2 * workers
+    if timeout:  # a process pool calls a block running while it still waits for a worker
+        limit = min(limit, workers)
     pending: dict[Future[Any], _Running] = {}
+    lost: list[Future[Any]] = []  # given up, but they may still occupy a worker
     try:
         while jobs or pending:
-            while jobs and len(pending) < limit:
+            lost = [future for future in lost if not future.done()]
+            while jobs and len(pending) < max(1, limit - len(lost)):
                 job = jobs.popleft()
                 if job.trial.design in failed:
                     continue
@@ -218,7 +223,7 @@ def run_trials(
             if not pending:
                 continue
             done, _ = wait(pending, 0.02 if timeout else None, FIRST_COMPLETED)
-            for future in done:
+            for future in [each for each in pending if each in done]:  # in the order of submission
                 job = pending.pop(future)
                 try:
                     found = future.result()
@@ -236,7 +241,7 @@ def run_trials(
                 else:
                     finish(job, found)
             if timeout:
-                _expire(pending, timeout, give_up)
+                lost += _expire(pending, timeout, give_up)
     except BrokenExecutor as error:
         raise SimulationError(
             None,
@@ -253,14 +258,16 @@ def _expire(
     pending: dict[Future[Any], _Running],
     timeout: float,
     give_up: Callable[[_Running, SimulationError], None],
-) -> None:
-    """Give up the blocks that have run for too long."""
-    now = time.monotonic()
+) -> list[Future[Any]]:
+    """Give up the blocks that have run for too long, and return their futures."""
+    now, lost = time.monotonic(), []
     for future, job in list(pending.items()):
         if job.since is None and future.running():
             job.since = now
         if job.since is not None and now - job.since > timeout and not future.done():
             future.cancel()
             del pending[future]
+            lost.append(future)
             seed = job.trial.blocks[job.block][1]
             give_up(job, SimulationError(job.trial.design, seed, f"no result after {timeout:g} s"))
+    return lost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -130,7 +131,12 @@ class OptimizeResult:
     @property
     def best(self) -> Iteration:
         """The iteration whose nominal design has the highest value minus two standard errors."""
-        return max(self.history, key=lambda each: each.value - 2 * each.stderr)
+
+        def bound(each: Iteration) -> float:
+            low = each.value - 2 * each.stderr
+            return -math.inf if math.isnan(low) else low  # the nominal design may have failed
+
+        return max(self.history, key=bound)
 
     def plot(self, kind: str = "objective", ax: Any = None) -> Any:
         """Draw one of `mi_surrogates.plot.KINDS` and return the matplotlib Axes."""

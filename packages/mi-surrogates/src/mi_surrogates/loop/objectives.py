@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from mi_surrogates.errors import DegenerateData
 from mi_surrogates.information.estimator import BatchedEstimator, Frame, Settings
 from mi_surrogates.information.networks import Reconstruction
 from mi_surrogates.information.training import make_adam, train
+from mi_surrogates.loop.checks import check_training
 
 Floats = NDArray[np.float64]
 
@@ -136,6 +138,13 @@ class MIObjective:
         self._estimator: BatchedEstimator | None = None
         self._frame: tuple[Floats, Floats] | None = None
 
+    def check_events(self, events: int) -> None:
+        """Raise ValueError if a design has too few events for the method."""
+        if self.settings.trained:
+            check_training(events, self.settings.batch_size)
+        elif self.settings.method == "ksg" and self.settings.k >= events:
+            raise ValueError(f"k must be below the {events} events, got {self.settings.k}")
+
     def _make(self, groups: int, sizes: tuple[int, int, int]) -> BatchedEstimator:
         dim_x, dim_y, dim_theta = sizes
         return BatchedEstimator(
@@ -172,7 +181,29 @@ class MIObjective:
         assert self._estimator is not None
         self._estimator.curve = []
         self._estimator.fit(batch.x[:, fit], batch.y[:, fit], theta, steps=self.steps)
-        return self._estimator.evaluate(batch.x[:, held], batch.y[:, held], theta)
+        if self.settings.trained:
+            return self._estimator.evaluate(batch.x[:, held], batch.y[:, held], theta)
+        return self._by_design(self._estimator, batch)
+
+    @staticmethod
+    def _by_design(estimator: BatchedEstimator, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Evaluate all designs; where some are degenerate, these get NaN and the others are kept."""
+        try:
+            return estimator.evaluate(batch.x, batch.y)
+        except DegenerateData:
+            found, reasons = [], []
+            for x, y in zip(batch.x, batch.y, strict=True):
+                try:
+                    found.append(estimator.evaluate(x[None], y[None]))
+                except DegenerateData as error:
+                    found.append((torch.tensor([math.nan]).double(),) * 2)
+                    reasons.append(str(error))
+            if len(reasons) == len(found):
+                raise
+        warnings.warn(
+            f"{len(reasons)} of {len(found)} designs have no estimate: {reasons[0]}", stacklevel=4
+        )
+        return torch.cat([v for v, _ in found]), torch.cat([e for _, e in found])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the network and its optimizer."""
@@ -264,6 +295,10 @@ class RecoObjective:
         self.device, self.dtype = device, dtype
         self._net: Reconstruction | None = None
         self._frame: tuple[Floats, Floats] | None = None
+
+    def check_events(self, events: int) -> None:
+        """Raise ValueError if a design has too few events to train on."""
+        check_training(events, self.batch_size)
 
     def _start(self, sizes: tuple[int, int, int], generator: torch.Generator) -> None:
         self._sizes = sizes

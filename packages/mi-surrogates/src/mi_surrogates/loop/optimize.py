@@ -13,6 +13,7 @@ import torch
 
 from mi_surrogates.design.space import DesignSpace
 from mi_surrogates.errors import CheckpointMismatch, SimulationError
+from mi_surrogates.loop.describe import describe
 from mi_surrogates.loop.execute import Floats, Simulator, Trial, check_picklable, run_trials
 from mi_surrogates.loop.history import Iteration, OptimizeResult
 from mi_surrogates.loop.objectives import Objective
@@ -48,26 +49,6 @@ class Progress:
         """End the line."""
         if self.enabled and sys.stderr.isatty():
             print(file=sys.stderr)
-
-
-def _describe(value: Any) -> Any:
-    """Return something stable that JSON can hold, to recognise a configuration by."""
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_describe(each) for each in value]
-    if isinstance(value, dict):
-        return {str(k): _describe(v) for k, v in value.items()}
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, torch.dtype):
-        return str(value)
-    public = (
-        {k: v for k, v in vars(value).items() if not k.startswith("_")}
-        if hasattr(value, "__dict__")
-        else {}
-    )
-    return {"type": type(value).__qualname__, **_describe(public)}
 
 
 def optimize(
@@ -173,9 +154,9 @@ def optimize(
         **options,
     )
     config = {
-        "simulator": _describe(simulator),
+        "simulator": describe(simulator),
         "space": space.config(),
-        "objective": _describe(objective),
+        "objective": describe(objective),
         "surrogate": surrogate,
         "designs": designs,
         "events": events,
@@ -184,7 +165,7 @@ def optimize(
         "adapt": adapt,
         "seed": seed,
         "dtype": str(dtype),
-        "options": _describe(options),
+        "options": describe(options),
     }
     store = None if checkpoint is None else Store(checkpoint, config)
     start = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import time
 import warnings
 from typing import Any
@@ -113,6 +114,8 @@ class Optimizer:
             events=(events, 1),
             epochs=(epochs, 1),
             reuse=(reuse, 0),
+            patience=(1 if patience is None else patience, 1),
+            seed=(seed, 0),
             block=(events if block is None else block, 1),
         )
         check_positive(kappa=kappa, lr=lr, trust_radius=trust_radius, sigma_min=sigma_min)
@@ -121,11 +124,8 @@ class Optimizer:
         space.check_initial()
         self.space = space
         self.objective = make_objective(objective, device, dtype)
-        learned = isinstance(self.objective, RecoObjective) or (
-            isinstance(self.objective, MIObjective) and self.objective.settings.trained
-        )
-        if learned and events < 50:
-            raise ValueError(f"a learned objective needs events >= 50, got {events}")
+        if isinstance(self.objective, (MIObjective, RecoObjective)):
+            self.objective.check_events(events)
         self.surrogate_name, self.designs, self.events = surrogate, designs, events
         self.block, self.kappa = block or events, kappa
         self.warm_start, self.reuse, self.adapt = warm_start, reuse, adapt
@@ -142,8 +142,7 @@ class Optimizer:
         self.multipliers = torch.zeros(len(space.soft), dtype=torch.float64)
         self.penalty = 10.0
         self.total_events = 0
-        # designs of all iterations: θ, value, standard error, iteration
-        self._points: list[tuple[Floats, float, float, int]] = []
+        self._points: list[tuple[Floats, float, float, int]] = []  # θ, value, error, iteration
         self._last: Step | None = None  # the step that led to the present center
         self._previous: tuple[Floats, Floats] | None = None  # center and Σ before it
         self._accepted: tuple[Floats, float, float] | None = None
@@ -189,7 +188,7 @@ class Optimizer:
         ]
 
     def _find(self, trial: Trial | int) -> Trial:
-        design = trial if isinstance(trial, int) else trial.design
+        design = trial.design if isinstance(trial, Trial) else operator.index(trial)
         if not 0 <= design < len(self._trials) or (
             isinstance(trial, Trial) and trial.iteration != self.iteration
         ):
@@ -253,7 +252,7 @@ class Optimizer:
             self.region.center,
             self.region.sigma,
             seed_of(self.seed, self.iteration, 2**32 - 1, 1),
-            self.warm_start,
+            self.warm_start and self.iteration > 0,  # the objective may have served another run
         )
         value, stderr = self.objective.evaluate(batch)
         if value.shape != (len(order),) or stderr.shape != (len(order),):

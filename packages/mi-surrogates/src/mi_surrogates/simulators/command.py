@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +35,7 @@ class CommandSimulator:
             branches, extra `root`).
         x: the columns, or the array in an npz file, with the true quantities.
         y: the columns, or the array, with the measurements.
-        timeout: seconds after which the program is killed.
+        timeout: seconds after which the program, and what it started, is killed.
         env: variables added to the environment.
         tree: name of the tree in a ROOT file.
 
@@ -89,22 +91,51 @@ class CommandSimulator:
                     part = part.replace(key, word)
                 command.append(part)
             try:
-                done = subprocess.run(
-                    command,
-                    cwd=folder,
-                    env={**os.environ, **self.env},
-                    capture_output=True,
-                    timeout=self.timeout,
-                    check=False,
+                status, printed = run_group(
+                    command, folder, {**os.environ, **self.env}, self.timeout
                 )
             except subprocess.TimeoutExpired as error:
                 raise TimeoutError(f"{command[0]} was killed after {self.timeout:g} s") from error
-            if done.returncode != 0:
-                tail = (done.stderr or done.stdout)[-500:].decode(errors="replace").strip()
-                raise RuntimeError(f"{command[0]} ended with status {done.returncode}: {tail}")
+            if status != 0:
+                tail = printed[-500:].decode(errors="replace").strip()
+                raise RuntimeError(f"{command[0]} ended with status {status}: {tail}")
             if not out.exists():
                 raise RuntimeError(f"{command[0]} ended with status 0 but wrote no {out.name}")
             return read_events(out, self.x, self.y, self.tree)
+
+
+def run_group(
+    command: Sequence[str], folder: str, env: Mapping[str, str], timeout: float | None
+) -> tuple[int, bytes]:
+    """Run a program in a group of its own, which is killed whole if anything goes wrong here.
+
+    A wrapper script that is killed alone would leave its simulation running.
+
+    Returns:
+        The exit status, and what the program wrote to stderr, or else to stdout.
+
+    Raises:
+        subprocess.TimeoutExpired: it ran for too long.
+    """
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        if sys.platform == "win32":  # pragma: no cover
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return process.returncode, err or out
 
 
 def read_events(
