@@ -176,3 +176,19 @@ def test_bad_arguments(value: float) -> None:
 
 def test_repr_shows_gamma() -> None:
     assert "lipschitz=10, stats='running'" in repr(lcnn.LipschitzBatchNorm2d(3))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_gradients_of_a_clipping_layer_are_those_of_the_step(
+    affine: bool, backend: str
+) -> None:
+    norm = lcnn.LipschitzBatchNorm2d(3, affine=affine, lipschitz=0.5).double()
+    x = torch.randn(6, 3, 4, 4, dtype=torch.float64)
+    want = 0.5 * (x - x.mean((0, 2, 3), keepdim=True))
+    want = want / (x.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    want = want * math.sqrt(1 + 1e-5)  # m of the initial running variance, 1
+    torch.compile(norm, backend=backend, fullgraph=True)(x).mul(x.abs()).sum().backward()
+    assert norm.log_lipschitz.grad is not None
+    # y is proportional to Gamma here
+    torch.testing.assert_close(norm.log_lipschitz.grad, (want * x.abs()).sum())

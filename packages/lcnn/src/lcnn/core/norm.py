@@ -112,6 +112,10 @@ class LipschitzNorm(_BatchNorm):
         else:
             with torch.no_grad():
                 inverse = self._inverse_slope(self.running_var)
+                if torch.compiler.is_compiling():
+                    # A compiled backward pass may compute this again, from the running variance, which has
+                    # moved by then; it keeps the result of a sort.
+                    inverse = inverse.view(1).sort().values[0]
         product = self.lipschitz * inverse
         return torch.minimum(product, torch.ones_like(product))
 
