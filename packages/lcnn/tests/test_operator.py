@@ -88,6 +88,21 @@ def test_circular_case_is_the_fourier_formula() -> None:
     assert np.linalg.norm(spectrum, 2, axis=(2, 3)).max() == pytest.approx(want, rel=1e-12)
 
 
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 1), (1, 6), (3, 2), (3, 0)])
+def test_fourier_norm_of_other_circular_padding_is_an_upper_bound(
+    kernel: int, padding: int
+) -> None:
+    conv = nn.Conv2d(2, 2, kernel, padding=padding, padding_mode="circular", bias=False).double()
+    size = (6, 6)
+    with torch.no_grad():
+        want = np.linalg.svd(dense(conv, size).numpy(), compute_uv=False)[0]
+        for method in ("fft", "gram"):
+            got = lcnn.conv_operator_norm(conv.weight, size, method=method, **options(conv))
+            assert got.item() >= want * (1 - 1e-12)
+    if padding == 6:  # the whole input three times on each axis
+        assert got.item() == pytest.approx(want, rel=1e-4)
+
+
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_named_padding_with_an_even_kernel(padding: str) -> None:
     conv = nn.Conv2d(2, 2, (4, 3), padding=padding, bias=False).double()
@@ -163,6 +178,8 @@ def test_bad_operator_arguments() -> None:
         lcnn.conv_operator_norm(w, (4,))
     with pytest.raises(ValueError, match="smaller than the kernel"):
         lcnn.conv_operator_norm(w, (2, 2))
+    with pytest.raises(ValueError, match="padding must be numbers, 'same' or 'valid', got 'full'"):
+        lcnn.conv_operator_norm(w, (4, 4), padding="full")
     with pytest.raises(ValueError, match="method must be"):
         lcnn.conv_operator_norm(w, (4, 4), method="guess")
     with pytest.raises(ValueError, match="needs zero padding"):
