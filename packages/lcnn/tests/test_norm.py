@@ -192,3 +192,14 @@ def test_compiled_gradients_of_a_clipping_layer_are_those_of_the_step(
     assert norm.log_lipschitz.grad is not None
     # y is proportional to Gamma here
     torch.testing.assert_close(norm.log_lipschitz.grad, (want * x.abs()).sum())
+
+
+def test_class_method_keeps_the_layer_and_refuses_another_kind() -> None:
+    plain = nn.BatchNorm2d(2)
+    plain(torch.randn(4, 2, 3, 3))
+    made = lcnn.LipschitzBatchNorm2d.from_batchnorm(plain, lipschitz=3.0)
+    assert made.lipschitz.item() == pytest.approx(3)
+    assert made.running_var is plain.running_var
+    with pytest.raises(TypeError, match="LipschitzBatchNorm1d.from_batchnorm got BatchNorm2d"):
+        lcnn.LipschitzBatchNorm1d.from_batchnorm(plain)
+    assert "lipschitz=?" in repr(lcnn.LipschitzBatchNorm2d(2, device="meta"))

@@ -84,6 +84,23 @@ class LipschitzNorm(_BatchNorm):
         start = math.log(positive("lipschitz", lipschitz))
         self.log_lipschitz = nn.Parameter(torch.tensor(start, device=device, dtype=dtype))
 
+    @classmethod
+    def from_batchnorm(
+        cls, norm: nn.Module, lipschitz: float = 10.0, *, stats: Stats = "running"
+    ) -> LipschitzNorm:
+        """Return the Lipschitz form of a batch norm of this kind, see :func:`lcnn.from_batchnorm`.
+
+        Raises:
+            TypeError: for a norm whose Lipschitz form is of another class.
+        """
+        made = from_batchnorm(norm, lipschitz, stats=stats)
+        if not isinstance(made, cls):
+            raise TypeError(
+                f"{cls.__name__}.from_batchnorm got {type(norm).__name__}, whose Lipschitz form is "
+                f"{type(made).__name__}"
+            )
+        return made
+
     @property
     def lipschitz(self) -> Tensor:
         """The present Gamma, a scalar."""
@@ -146,9 +163,10 @@ class LipschitzNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """Show Gamma and where the slope comes from."""
-        gamma = self.lipschitz.detach().item()
+        gamma = self.lipschitz.detach()
+        shown = "?" if gamma.is_meta else f"{gamma.item():.4g}"
         base = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{base}, lipschitz={gamma:.4g}, stats={self.stats!r}"
+        return f"{base}, lipschitz={shown}, stats={self.stats!r}"
 
 
 class LipschitzBatchNorm1d(LipschitzNorm, nn.BatchNorm1d):
