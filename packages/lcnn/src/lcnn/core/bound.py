@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from lcnn.core.activation import CenteredSoftplus
 from lcnn.core.norm import LipschitzBatchNormAct2d, LipschitzNorm
 from lcnn.core.operator import ConvMap, dense_matrix, frequency_blocks, gram_norm
-from lcnn.core.parametrize import CONVS, ConvSpectralNorm
+from lcnn.core.parametrize import CONVS, ConvSpectralNorm, computes_as
 
 __all__ = ["Bound", "hessian_bound"]
 
@@ -65,12 +65,6 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         ours = isinstance(m, (CenteredSoftplus, LipschitzNorm, *SMOOTH, *CONVS, nn.Linear))
         return ours or super().is_leaf_module(m, module_qualified_name)
-
-
-def _kind(module: nn.Module) -> type[nn.Module]:
-    """The class of a layer, also where its weight is parametrized; a subclass may compute anything."""
-    kind = type(module)
-    return kind.__mro__[1] if parametrize.is_parametrized(module) else kind
 
 
 def _number(value: Any) -> float:
@@ -162,7 +156,7 @@ def _module(module: nn.Module, nominal: bool) -> Pair | None:
         return slope, 0.0
     if type(module) is nn.Softplus:
         return 1.0, module.beta / 4
-    if _kind(module) in (nn.Linear, *CONVS):
+    if computes_as(module, (nn.Linear, *CONVS)):
         return _linear(module, nominal), 0.0
     if isinstance(module, KINKED):
         return 1.0, math.inf

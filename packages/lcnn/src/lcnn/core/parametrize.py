@@ -162,6 +162,13 @@ def conv_spectral_norm(
     """
     if not isinstance(conv, CONVS):
         raise TypeError(f"conv_spectral_norm takes nn.Conv* modules, got {type(conv).__name__}")
+    if not computes_as(conv, CONVS):
+        raise TypeError(f"{type(conv).__name__} has a forward of its own: its norm is not known")
+    if n_power_iterations < 0 or init_iterations < 1:
+        raise ValueError(
+            "n_power_iterations must be at least 0 and init_iterations at least 1, got "
+            f"{n_power_iterations!r} and {init_iterations!r}"
+        )
     check_free(conv)
     if mode not in ("normalize", "clip"):
         raise ValueError(f"mode must be 'normalize' or 'clip', got {mode!r}")
@@ -184,6 +191,17 @@ def refresh(part: Any, weight: Tensor, count: int) -> None:
         part.power_step(weight, count)
     elif hasattr(part, "_power_method"):
         part._power_method(part._reshape_weight_to_matrix(weight), count)
+
+
+def computes_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Tell whether a layer, perhaps of a subclass, computes what one of torch's own ``kinds`` computes."""
+    own: Any = type(module)
+    names = ("forward", "_conv_forward")
+    return any(
+        isinstance(module, kind)
+        and all(getattr(own, n, None) is getattr(kind, n, None) for n in names)
+        for kind in kinds
+    )
 
 
 def is_normalized(module: nn.Module) -> bool:
