@@ -18,6 +18,11 @@ def positive(name: str, value: float) -> float:
     return float(value)
 
 
+def in_backward() -> bool:
+    """Tell whether a checkpointed forward is running again inside the backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _wide(x: Tensor) -> Tensor:
     """Half precision is computed in float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
