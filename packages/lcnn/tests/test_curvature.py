@@ -453,3 +453,18 @@ def test_large_circular_layer_with_generous_padding_is_bounded() -> None:
     corner = torch.zeros(1, 1, 40, 40)
     corner[..., 0, 0] = 1.0  # appears four times
     assert made(corner).norm().item() <= lcnn.hessian_bound(nn.Sequential(made)).lipschitz.item()
+
+
+def test_inference_mode_is_refused_instead_of_a_silent_zero() -> None:
+    net, x, y = nn.Linear(2, 2), torch.randn(3, 2), torch.tensor([0, 1, 0])
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="inference mode records no gradient"):
+            lcnn.curvature(net, x, y)
+        with pytest.raises(RuntimeError, match="inference mode records no gradient"):
+            lcnn.gradient_stability(net, x, y, [0.1])
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_bad_chunk(chunk: int) -> None:
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        lcnn.curvature(nn.Linear(2, 2), torch.randn(3, 2), torch.tensor([0, 1, 0]), chunk=chunk)
