@@ -76,7 +76,10 @@ def _once(model: nn.Module) -> Iterator[tuple[CenteredSoftplus | None, Lipschitz
 
 def _zero(model: nn.Module) -> Tensor:
     first = next(model.parameters(), None)
-    return torch.zeros(()) if first is None else first.new_zeros(())
+    if first is None:
+        return torch.zeros(())
+    # not new_zeros: the zero of a sharded parameter is sharded
+    return torch.zeros((), dtype=first.dtype, device=first.device)
 
 
 def sums(model: nn.Module) -> tuple[Tensor, Tensor]:
