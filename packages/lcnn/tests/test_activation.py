@@ -262,7 +262,7 @@ def test_half_precision_sums_the_gradient_of_beta_in_single(dtype: torch.dtype) 
 
 
 def test_axis_that_the_input_lacks_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="has 3 betas, but .* has no channels on axis 2"):
+    with pytest.raises(RuntimeError, match=r"has 3 betas, but .* has no channels on axis 2"):
         CenteredSoftplus(num_parameters=3, channel_dim=2)(torch.zeros(3, 4))
 
 

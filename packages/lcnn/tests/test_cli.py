@@ -144,7 +144,9 @@ def test_paper_networks_have_the_layers_of_their_method(
     made = _built(argparse.Namespace(arch="resnet18", method=method), digits())
     acts = [m for m in made.modules() if isinstance(m, (nn.Softplus, lcnn.CenteredSoftplus))]
     assert len(acts) == 17
-    assert all(type(m) is kind and torch.as_tensor(m.beta).item() == pytest.approx(beta) for m in acts)
+    assert all(
+        type(m) is kind and torch.as_tensor(m.beta).item() == pytest.approx(beta) for m in acts
+    )
     extras = (lcnn.ConvSpectralNorm, lcnn.LipschitzNorm)
     assert bare == (not any(isinstance(m, extras) for m in made.modules()))
 

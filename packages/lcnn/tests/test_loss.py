@@ -299,7 +299,13 @@ def test_compiled_criterion_equals_the_eager_one(gradnorm: float) -> None:
 
 
 def test_compiled_criterion_trains_a_converted_convolutional_network_as_the_eager_one() -> None:
-    layers: list[nn.Module] = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    ]
     model = lcnn.convert(nn.Sequential(*layers), torch.zeros(1, 1, 4, 4), lipschitz_init=0.5)
     model = model.double().train()
     twin = copy.deepcopy(model)

@@ -200,6 +200,6 @@ def test_class_method_keeps_the_layer_and_refuses_another_kind() -> None:
     made = lcnn.LipschitzBatchNorm2d.from_batchnorm(plain, lipschitz=3.0)
     assert made.lipschitz.item() == pytest.approx(3)
     assert made.running_var is plain.running_var
-    with pytest.raises(TypeError, match="LipschitzBatchNorm1d.from_batchnorm got BatchNorm2d"):
+    with pytest.raises(TypeError, match=r"LipschitzBatchNorm1d\.from_batchnorm got BatchNorm2d"):
         lcnn.LipschitzBatchNorm1d.from_batchnorm(plain)
     assert "lipschitz=?" in repr(lcnn.LipschitzBatchNorm2d(2, device="meta"))

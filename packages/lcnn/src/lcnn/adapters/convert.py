@@ -186,9 +186,7 @@ def _check_layers(model: nn.Module, options: _Options, has_example: bool) -> Non
         raise ValueError("share_beta='channel' needs the channel counts: pass example_input")
 
 
-def _own_modules(
-    model: nn.Module, options: _Options, seen: Seen | None, report: Report
-) -> None:
+def _own_modules(model: nn.Module, options: _Options, seen: Seen | None, report: Report) -> None:
     """Rewrite every module whose own forward hides activations; deepest first."""
     twice = {m for m, n in (seen.calls if seen else {}).items() if n > 1}
     for name, module in reversed(list(model.named_modules(remove_duplicate=False))):

@@ -164,7 +164,8 @@ def _module(module: nn.Module, nominal: bool) -> Pair | None:
         if module.ceil_mode or getattr(module, "divisor_override", None):
             return None
         dims = {nn.AvgPool1d: 1, nn.AvgPool2d: 2}.get(type(module), 3)
-        padding = module.padding if isinstance(module.padding, int) else max(module.padding)
+        pads: Any = module.padding
+        padding = pads if isinstance(pads, int) else max(pads)
         if padding and not module.count_include_pad:
             return None
         return _pool(module.kernel_size, module.stride, dims), 0.0

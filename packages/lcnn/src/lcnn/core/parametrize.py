@@ -123,7 +123,8 @@ class ConvSpectralNorm(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> ConvSpectralNorm:
         self._kept = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the kept weight out of copies and pickles."""
