@@ -246,3 +246,25 @@ def test_blocks_of_a_large_tensor_sum_to_the_gradient(beta: float) -> None:
     want = g.double() * _beta_slope(wide, exact)
     # single precision: some eps of the sum of absolute values, which the sum cancels
     assert abs(got[1].item() - want.sum().item()) <= 1e-6 * want.abs().sum().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_sums_the_gradient_of_beta_in_single(dtype: torch.dtype) -> None:
+    act = CenteredSoftplus(2.0).to(dtype)
+    x = torch.randn(4, 50000).to(dtype).requires_grad_()
+    g = torch.randn(4, 50000).to(dtype)
+    act(x).backward(g)
+    beta, wide = act.beta.detach().double(), x.detach().double()
+    want = (g.double() * _beta_slope(wide, beta)).sum() * beta  # of log beta
+    assert act.log_beta.grad is not None
+    # exp and its gradient are rounded once each in the parameter's precision
+    assert act.log_beta.grad.item() == pytest.approx(want.item(), rel=2 * torch.finfo(dtype).eps)
+
+
+def test_axis_that_the_input_lacks_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"has 3 betas, but .* has no channels on axis 2"):
+        CenteredSoftplus(num_parameters=3, channel_dim=2)(torch.zeros(3, 4))
+
+
+def test_repr_without_data() -> None:
+    assert "CenteredSoftplus" in repr(CenteredSoftplus(device="meta"))

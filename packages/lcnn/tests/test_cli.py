@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -123,3 +124,47 @@ def test_module_runs_and_help_is_there() -> None:
     run = [sys.executable, "-m", "lcnn.cli", "--help"]
     text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     assert all(command in text for command in ("train", "eval", "probe", "convert"))
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "beta", "bare"),
+    [
+        ("standard", nn.Softplus, 1000.0, True),
+        ("softplus", nn.Softplus, 10.0, True),
+        ("minimal", lcnn.CenteredSoftplus, 5.0, True),
+        ("lcnn", lcnn.CenteredSoftplus, 5.0, False),
+    ],
+)
+def test_paper_networks_have_the_layers_of_their_method(
+    method: str, kind: type[nn.Module], beta: float, bare: bool
+) -> None:
+    from lcnn.cli import _built
+    from lcnn.recipes.data import digits
+
+    made = _built(argparse.Namespace(arch="resnet18", method=method), digits())
+    acts = [m for m in made.modules() if isinstance(m, (nn.Softplus, lcnn.CenteredSoftplus))]
+    assert len(acts) == 17
+    assert all(
+        type(m) is kind and torch.as_tensor(m.beta).item() == pytest.approx(beta) for m in acts
+    )
+    extras = (lcnn.ConvSpectralNorm, lcnn.LipschitzNorm)
+    assert bare == (not any(isinstance(m, extras) for m in made.modules()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "missing/net.pt"], "no such folder"),
+        (["--lr", "-1"], "learning rate"),
+        (["--gradnorm", "-1"], "gradnorm must be"),
+        (["--radii", "nan"], "--radii must be"),
+        (["--radii", "-1"], "--radii must be"),
+    ],
+)
+def test_bad_settings_are_told_before_training(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--epochs", "1", *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert len(told.splitlines()) == 1  # no epoch was run, no traceback

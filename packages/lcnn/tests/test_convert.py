@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -419,3 +420,132 @@ def test_bfloat16_autocast_is_finite() -> None:
         loss = lcnn.LCNNLoss(made)(X, torch.tensor([0, 1]))
     loss.backward()
     assert all(p.grad.isfinite().all() for p in made.parameters())
+
+
+class Classic(nn.Module):
+    """ReLU as a function in the network's own forward, beside attributes and methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.classes = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.a(x))
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self(x).argmax(1)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.a(x))
+
+
+def test_rewritten_network_keeps_class_attributes_methods_and_hooks() -> None:
+    model = Classic()
+    calls: list[int] = []
+    model.register_forward_hook(lambda *a: calls.append(1))
+    x = torch.randn(3, 4)
+    made = lcnn.convert(model, x)
+    calls.clear()
+    assert isinstance(made, Classic)
+    assert made.classes == 4
+    made.eval()
+    z = 5 * made.a(x)
+    want = (F.softplus(z) - math.log(2)) / 5
+    torch.testing.assert_close(made(x), want, rtol=1e-5, atol=1e-6)
+    assert made.predict(x).tolist() == want.argmax(1).tolist()
+    assert len(calls) == 2
+    assert [e.name for e in made.lcnn_report.left] == ["features"]  # still ReLU, and said so
+    assert type(model) is Classic
+    same = lcnn.convert(model, x, inplace=True)
+    assert same is model
+
+
+def test_rewritten_network_pickles_and_copies() -> None:
+    made = lcnn.convert(Functional(), torch.randn(5, 4)).eval()
+    x = torch.randn(5, 4)
+    for twin in (pickle.loads(pickle.dumps(made)), copy.deepcopy(copy.deepcopy(made))):
+        assert isinstance(twin, Functional)
+        assert torch.equal(twin(x), made(x))
+        assert str(twin.lcnn_report) == str(made.lcnn_report)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, 7 * self.weight, self.bias, self.stride, self.padding)
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 7 * super().forward(input)
+
+
+class Named(nn.Conv2d):
+    """A subclass that computes what its parent computes."""
+
+
+def test_layers_with_a_forward_of_their_own_are_left() -> None:
+    net = nn.Sequential(Standardised(3, 2, 3), Named(2, 2, 3), nn.Flatten(), Scaled(1568, 2))
+    for conv in ("operator", "reshape"):
+        report = lcnn.convert(net, X, conv=conv).lcnn_report
+        assert [e.name for e in report.left] == ["0", "3"]
+        assert all("forward of its own" in e.note for e in report.left)
+        assert [e.name for e in report.converted] == ["1"]
+    with pytest.raises(TypeError, match="Standardised has a forward of its own"):
+        lcnn.conv_spectral_norm(Standardised(3, 2, 3), (8, 8))
+    bound = lcnn.hessian_bound(lcnn.convert(net, X))
+    assert bound.unbounded == ["0 (Standardised)", "3 (Scaled)"]
+
+
+def test_same_padding_of_timm_is_left() -> None:
+    from timm.layers import Conv2dSame
+
+    net = nn.Sequential(Conv2dSame(3, 2, 5, stride=2), nn.AdaptiveAvgPool2d(1))
+    left = lcnn.convert(net, torch.zeros(1, 3, 4, 4)).lcnn_report.left  # smaller than the kernel
+    assert left[0].new == "Conv2dSame"
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "new"),
+    [
+        (nn.ReLU(), (2, 3), "CenteredSoftplus"),
+        (nn.BatchNorm1d(3), (2, 3), "LipschitzBatchNorm1d"),
+        (nn.Conv1d(3, 2, 2), (2, 3, 5), "ParametrizedConv1d"),
+        (nn.Linear(3, 2), (2, 3), "ParametrizedLinear"),
+    ],
+)
+def test_a_single_layer_is_converted(layer: nn.Module, shape: tuple[int, ...], new: str) -> None:
+    made = lcnn.convert(layer, torch.zeros(shape))
+    assert type(made).__name__ == new
+    assert len(made.lcnn_report.converted) == 1
+    assert type(layer).__name__ != new
+
+
+def test_excluded_convolutions_need_no_example() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU())
+    made = lcnn.convert(net, include=lambda name, module: isinstance(module, nn.ReLU))
+    assert [e.name for e in made.lcnn_report.converted] == ["1"]
+
+
+def test_calibration_takes_networks_of_several_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            out: Tensor = self.norm(x + y)
+            return out
+
+    x, y = torch.randn(9, 3), torch.randn(9, 3)
+    made = lcnn.convert(Two(), (x, y), calibrate=True)
+    torch.testing.assert_close(made.norm.running_mean, (x + y).mean(0))
+
+
+def test_calibration_without_data_leaves_the_statistics_alone() -> None:
+    made = lcnn.convert(nn.Sequential(nn.BatchNorm1d(3)))
+    made(torch.randn(9, 3))
+    before = made[0].running_var.clone()
+    with pytest.raises(ValueError, match="batches is empty"):
+        lcnn.calibrate(made, [])
+    assert torch.equal(made[0].running_var, before)

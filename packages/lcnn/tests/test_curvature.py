@@ -394,3 +394,77 @@ def test_functional_rules() -> None:
 
 def _tail(function: object) -> str:
     return str(function).removeprefix("<function relu") + ")"
+
+
+def slope_at(model: nn.Module, x: Tensor) -> float:
+    jacobian = torch.autograd.functional.jacobian(lambda z: model(z).flatten(), x)
+    assert isinstance(jacobian, Tensor)
+    return torch.linalg.matrix_norm(jacobian.reshape(jacobian.shape[0], -1), 2).item()
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+        self.act = CenteredSoftplus(8.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(x=self.lin(input=10 * x))
+        return torch.cat(tensors=[h, torch.add(input=x, other=h)], dim=1)
+
+
+class Repeating(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, [0, 0, 0, 0]]
+
+
+class Steeper(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 7 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (ByName(), (1, 3)),
+        (Repeating(), (1, 3)),
+        (Steeper(3, 3), (1, 3)),
+        (nn.AvgPool2d(2, divisor_override=1), (1, 1, 4, 4)),
+        (nn.Conv2d(1, 1, 1, padding=2, padding_mode="circular"), (1, 1, 3, 3)),
+    ],
+)
+def test_bound_is_above_the_slope_however_the_network_is_written(
+    model: nn.Module, shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(shape)
+    bound = lcnn.hessian_bound(nn.Sequential(model))
+    assert slope_at(model, x) <= bound.lipschitz.item() * (1 + 1e-6)
+
+
+def test_named_arguments_carry_their_bound() -> None:
+    bound = lcnn.hessian_bound(ByName())
+    assert bound.hessian.isfinite()
+    assert bound.per_module.keys() == {"lin", "act"}
+
+
+def test_large_circular_layer_with_generous_padding_is_bounded() -> None:
+    conv = nn.Conv2d(1, 1, 1, padding=1, padding_mode="circular", bias=False)
+    made = lcnn.conv_spectral_norm(conv, (40, 40)).eval()  # too large for a dense matrix
+    corner = torch.zeros(1, 1, 40, 40)
+    corner[..., 0, 0] = 1.0  # appears four times
+    assert made(corner).norm().item() <= lcnn.hessian_bound(nn.Sequential(made)).lipschitz.item()
+
+
+def test_inference_mode_is_refused_instead_of_a_silent_zero() -> None:
+    net, x, y = nn.Linear(2, 2), torch.randn(3, 2), torch.tensor([0, 1, 0])
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="inference mode records no gradient"):
+            lcnn.curvature(net, x, y)
+        with pytest.raises(RuntimeError, match="inference mode records no gradient"):
+            lcnn.gradient_stability(net, x, y, [0.1])
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_bad_chunk(chunk: int) -> None:
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        lcnn.curvature(nn.Linear(2, 2), torch.randn(3, 2), torch.tensor([0, 1, 0]), chunk=chunk)

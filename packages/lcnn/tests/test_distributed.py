@@ -62,3 +62,42 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         assert torch.equal(first[name], second[name]), name  # buffers included
         # the mean over two halves is the mean over all, up to the order of sums
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+
+
+def shard(rank: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    x, y = data()
+    model = build()
+    scalars = {p for group in lcnn.param_groups(model)[1:] for p in group["params"]}
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=scalars)
+    for scalar in scalars:
+        scalar.register_post_accumulate_grad_hook(average)
+    train(model, model, x[rank::2], y[rank::2])
+    whole = {k: getattr(v, "full_tensor", lambda v=v: v)() for k, v in model.state_dict().items()}
+    torch.save(whole, f"{folder}/{rank}.pt")
+    _leave()
+
+
+def average(parameter: torch.Tensor) -> None:
+    assert parameter.grad is not None
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()
+
+
+def test_two_sharded_processes_agree_with_one(tmp_path: Path) -> None:
+    pytest.importorskip("torch.distributed.fsdp", reason="needs FSDP2")
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("needs torch 2.6")
+    mp.spawn(shard, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone = build()
+    train(alone, alone, *data())
+    for name, value in alone.state_dict().items():
+        assert torch.equal(first[name], second[name]), name  # buffers included
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)

@@ -296,3 +296,42 @@ def test_compiled_criterion_equals_the_eager_one(gradnorm: float) -> None:
     b.backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-10)
+
+
+def test_compiled_criterion_trains_a_converted_convolutional_network_as_the_eager_one() -> None:
+    layers: list[nn.Module] = [
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    ]
+    model = lcnn.convert(nn.Sequential(*layers), torch.zeros(1, 1, 4, 4), lipschitz_init=0.5)
+    model = model.double().train()
+    twin = copy.deepcopy(model)
+    eager = LCNNLoss(model, gradnorm=0.5)
+    compiled = LCNNLoss(twin, gradnorm=0.5, compile="aot_eager")
+    x, y = torch.randn(6, 1, 4, 4, dtype=torch.float64), torch.arange(6) % 4
+    for _ in range(3):
+        a, b = eager(x, y), compiled(x, y)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        a.backward()
+        b.backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-10)
+    for name, buffer in model.named_buffers():  # running statistics, vectors of the power iteration
+        torch.testing.assert_close(twin.get_buffer(name), buffer, rtol=1e-9, atol=1e-12)
+    assert twin[1].num_batches_tracked == 3
+
+
+def test_compiled_parts_and_models_compiled_later_are_refused() -> None:
+    x, y = batch()
+    part = small()
+    part[0] = torch.compile(part[0], backend="eager")
+    with pytest.raises(RuntimeError, match="does not support on a compiled"):
+        LCNNLoss(part, gradnorm=1.0)
+    later = small()
+    criterion = LCNNLoss(later, gradnorm=1.0)
+    later.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="does not support on a compiled"):
+        criterion(x, y)

@@ -176,3 +176,30 @@ def test_bad_arguments(value: float) -> None:
 
 def test_repr_shows_gamma() -> None:
     assert "lipschitz=10, stats='running'" in repr(lcnn.LipschitzBatchNorm2d(3))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_gradients_of_a_clipping_layer_are_those_of_the_step(
+    affine: bool, backend: str
+) -> None:
+    norm = lcnn.LipschitzBatchNorm2d(3, affine=affine, lipschitz=0.5).double()
+    x = torch.randn(6, 3, 4, 4, dtype=torch.float64)
+    want = 0.5 * (x - x.mean((0, 2, 3), keepdim=True))
+    want = want / (x.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    want = want * math.sqrt(1 + 1e-5)  # m of the initial running variance, 1
+    torch.compile(norm, backend=backend, fullgraph=True)(x).mul(x.abs()).sum().backward()
+    assert norm.log_lipschitz.grad is not None
+    # y is proportional to Gamma here
+    torch.testing.assert_close(norm.log_lipschitz.grad, (want * x.abs()).sum())
+
+
+def test_class_method_keeps_the_layer_and_refuses_another_kind() -> None:
+    plain = nn.BatchNorm2d(2)
+    plain(torch.randn(4, 2, 3, 3))
+    made = lcnn.LipschitzBatchNorm2d.from_batchnorm(plain, lipschitz=3.0)
+    assert made.lipschitz.item() == pytest.approx(3)
+    assert made.running_var is plain.running_var
+    with pytest.raises(TypeError, match=r"LipschitzBatchNorm1d\.from_batchnorm got BatchNorm2d"):
+        lcnn.LipschitzBatchNorm1d.from_batchnorm(plain)
+    assert "lipschitz=?" in repr(lcnn.LipschitzBatchNorm2d(2, device="meta"))

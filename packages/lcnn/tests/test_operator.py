@@ -88,6 +88,21 @@ def test_circular_case_is_the_fourier_formula() -> None:
     assert np.linalg.norm(spectrum, 2, axis=(2, 3)).max() == pytest.approx(want, rel=1e-12)
 
 
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 1), (1, 6), (3, 2), (3, 0)])
+def test_fourier_norm_of_other_circular_padding_is_an_upper_bound(
+    kernel: int, padding: int
+) -> None:
+    conv = nn.Conv2d(2, 2, kernel, padding=padding, padding_mode="circular", bias=False).double()
+    size = (6, 6)
+    with torch.no_grad():
+        want = np.linalg.svd(dense(conv, size).numpy(), compute_uv=False)[0]
+        for method in ("fft", "gram"):
+            got = lcnn.conv_operator_norm(conv.weight, size, method=method, **options(conv))
+            assert got.item() >= want * (1 - 1e-12)
+    if padding == 6:  # the whole input three times on each axis
+        assert got.item() == pytest.approx(want, rel=1e-4)
+
+
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_named_padding_with_an_even_kernel(padding: str) -> None:
     conv = nn.Conv2d(2, 2, (4, 3), padding=padding, bias=False).double()
@@ -163,6 +178,8 @@ def test_bad_operator_arguments() -> None:
         lcnn.conv_operator_norm(w, (4,))
     with pytest.raises(ValueError, match="smaller than the kernel"):
         lcnn.conv_operator_norm(w, (2, 2))
+    with pytest.raises(ValueError, match="padding must be numbers, 'same' or 'valid', got 'full'"):
+        lcnn.conv_operator_norm(w, (4, 4), padding="full")
     with pytest.raises(ValueError, match="method must be"):
         lcnn.conv_operator_norm(w, (4, 4), method="guess")
     with pytest.raises(ValueError, match="needs zero padding"):
@@ -302,3 +319,81 @@ def test_bad_modules() -> None:
     with pytest.raises(ValueError, match="target must be a positive"):
         lcnn.conv_spectral_norm(nn.Conv2d(2, 2, 3), (4, 4), target=0.0)
     assert "size=(4, 4)" in repr(conv)
+
+
+def by_hand(conv: Any, size: tuple[int, int]) -> Tensor:
+    """The weight over sigma from the stored vectors, in NumPy."""
+    part = conv.parametrizations.weight[0]
+    weight = conv.parametrizations.weight.original.detach().double()
+    image = nn.functional.conv2d(part._v.double(), weight, padding=conv.padding)
+    return (weight / (part._u.double() * image).sum()).to(conv.weight.dtype)
+
+
+def test_weight_is_kept_in_evaluation_and_follows_every_change() -> None:
+    conv = lcnn.conv_spectral_norm(nn.Conv2d(2, 3, 3, padding=1), (6, 6)).eval()
+    part, size = conv.parametrizations.weight[0], (6, 6)
+    original = conv.parametrizations.weight.original
+    with torch.no_grad():
+        first = conv.weight
+        assert conv.weight is first
+        torch.testing.assert_close(first, by_hand(conv, size))
+        original.mul_(torch.rand_like(original))  # as an optimizer does
+        torch.testing.assert_close(conv.weight, by_hand(conv, size))
+        twin = copy.deepcopy(conv)
+        twin.parametrizations.weight.original.add_(1.0)
+        torch.testing.assert_close(twin.weight, by_hand(twin, size))
+        conv.load_state_dict(twin.state_dict())
+        torch.testing.assert_close(conv.weight, by_hand(conv, size))
+        part.power_step(original, 3)
+        torch.testing.assert_close(conv.weight, by_hand(conv, size))
+        conv.weight.zero_()  # a careless write into the result
+        torch.testing.assert_close(conv.weight, by_hand(conv, size))
+        original.data.mul_(torch.rand_like(original))
+        conv.eval()  # not seen before
+        torch.testing.assert_close(conv.weight, by_hand(conv, size))
+        assert conv.double().weight.dtype == torch.float64
+        torch.testing.assert_close(conv.weight, by_hand(conv, size))
+    conv.train()
+    with torch.no_grad():
+        assert conv.weight is not conv.weight
+
+
+def test_kept_weight_serves_gradients_and_inference_mode() -> None:
+    conv = lcnn.conv_spectral_norm(nn.Conv2d(1, 2, 3), (5, 5)).eval()
+    x = torch.randn(1, 1, 5, 5)
+    with torch.inference_mode():
+        want = conv(x).clone()
+    out = conv(x)
+    assert torch.equal(out, want)
+    out.sum().backward()
+    assert conv.parametrizations.weight.original.grad.abs().sum() > 0
+    conv.requires_grad_(False)
+    z = x.clone().requires_grad_()
+    conv(z).sum().backward()  # through the kept weight
+    assert z.grad is not None
+
+
+def test_functional_transforms_run_in_evaluation() -> None:
+    net = lcnn.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), torch.zeros(1, 1, 4, 4)).eval()
+    x = torch.randn(1, 1, 4, 4)
+    hessian = torch.func.hessian(lambda z: net(z).sum())(x).view(16, 16)
+    weight = net[0].weight.detach()
+    pre = nn.functional.conv2d(x, weight, net[0].bias)
+    bell = 5 * torch.sigmoid(5 * pre) * (1 - torch.sigmoid(5 * pre))
+    j = nn.functional.conv2d(torch.eye(16).view(16, 1, 4, 4), weight).flatten(1).T
+    torch.testing.assert_close(hessian, j.T @ (bell.flatten()[:, None] * j), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_training_step_equals_the_plain_one(reentrant: bool) -> None:
+    layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)]
+    net = lcnn.convert(nn.Sequential(*layers), torch.zeros(1, 1, 4, 4), lipschitz_init=0.5)
+    twin = copy.deepcopy(net)
+    for _ in range(2):
+        x = torch.randn(6, 1, 4, 4, requires_grad=True)
+        net(x).square().sum().backward()
+        checkpoint(twin, x, use_reentrant=reentrant).square().sum().backward()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
+    for name, buffer in net.named_buffers():
+        torch.testing.assert_close(twin.get_buffer(name), buffer)

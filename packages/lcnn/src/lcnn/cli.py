@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -91,14 +92,20 @@ def _read(path: str) -> dict[str, Any]:
     return dict(found)
 
 
+def _folder(path: str) -> Path:
+    """Return the folder of a file to be written, or refuse."""
+    parent = Path(path).parent
+    if not parent.is_dir():
+        raise _Usage(f"cannot write {path}: no such folder")
+    return parent
+
+
 def _write(state: dict[str, Any], path: str) -> None:
     """Write to a temporary name and rename, so that an interrupted run leaves the old file whole."""
     import torch
 
     target = Path(path)
-    if not target.parent.is_dir():
-        raise _Usage(f"cannot write {path}: no such folder")
-    handle, name = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
+    handle, name = tempfile.mkstemp(dir=_folder(path), suffix=target.suffix)
     os.close(handle)
     try:
         if target.suffix == ".safetensors":
@@ -114,14 +121,17 @@ def _write(state: dict[str, Any], path: str) -> None:
 
 def _built(args: argparse.Namespace, split: Any) -> Any:
     """The network of ``--arch`` as ``--method`` needs it."""
-    from lcnn.recipes.methods import METHODS, build
+    from lcnn.recipes.methods import METHODS, build, with_own_activations
 
     x = split.x
     row = METHODS[args.method]
     classes = int(split.y.max()) + 1
     try:
-        plain = _network(args.arch, classes, x.shape[1], x.shape[-1], lcnn=row.beta is None)
-        return plain if args.arch in NETWORKS[2:] else build(plain, args.method, x[:2])
+        full = row.beta is None and not row.layers
+        plain = _network(args.arch, classes, x.shape[1], x.shape[-1], lcnn=full)
+        if args.arch not in NETWORKS[2:]:
+            return build(plain, args.method, x[:2])
+        return plain if full else with_own_activations(plain, row.beta)
     except (RuntimeError, ValueError, TypeError) as error:
         raise _Usage(f"cannot convert {args.arch!r}: {error}") from error
 
@@ -141,6 +151,10 @@ def _train(args: argparse.Namespace) -> int:
     from lcnn.recipes.train import Recipe, betas, measure, train
 
     torch.set_num_threads(args.threads)
+    if args.out:
+        _folder(args.out)  # before the time is spent
+    if not all(math.isfinite(r) and r >= 0 for r in args.radii):
+        raise _Usage(f"--radii must be finite numbers of at least 0, got {args.radii}")
     split = _data(args)
     overrides = {k: v for k in ("gradnorm",) if (v := getattr(args, k)) is not None}
     recipe = Recipe(
@@ -287,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         code: int = args.run(args)
-    except _Usage as error:
+    except (_Usage, ValueError) as error:
         print(f"lcnn {args.command}: {error}", file=sys.stderr)
         return 2
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -13,10 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lcnn.core.norm import LipschitzNorm
 from lcnn.core.parametrize import refresh
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "calibrate_calls"]
 
 
-@torch.no_grad()
 def calibrate(
     model: nn.Module, batches: Iterable[Any], *, margin: float = 1.0, power_iterations: int = 50
 ) -> nn.Module:
@@ -46,6 +46,22 @@ def calibrate(
         >>> bool(net[1].slope() == 1 / (net[1].running_var + 1e-5).sqrt().min())
         True
     """
+    calls = ((batch,) if isinstance(batch, Tensor) else (batch[0],) for batch in batches)
+    return calibrate_calls(model, calls, margin, power_iterations)
+
+
+@torch.no_grad()
+def calibrate_calls(
+    model: nn.Module,
+    calls: Iterable[tuple[Any, ...]],
+    margin: float = 1.0,
+    power_iterations: int = 50,
+) -> nn.Module:
+    """Calibrate on calls of the model, each a tuple of its arguments; see :func:`calibrate`."""
+    calls = iter(calls)
+    first = next(calls, None)
+    if first is None:
+        raise ValueError("batches is empty: calibration needs data")
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
     modes = {m: m.training for m in model.modules()}
     momenta = [(n, n.momentum) for n in norms]
@@ -59,11 +75,9 @@ def calibrate(
     ours = [(n, n.log_lipschitz.clone()) for n in norms if isinstance(n, LipschitzNorm)]
     for gated, _ in ours:
         gated.log_lipschitz.fill_(80.0)  # nothing clips while the statistics are taken
-    count = 0
     try:
-        for batch in batches:
-            model(batch if isinstance(batch, Tensor) else batch[0])
-            count += 1
+        for args in itertools.chain([first], calls):
+            model(*args)
     finally:
         for norm, momentum in momenta:
             norm.momentum = momentum
@@ -71,8 +85,6 @@ def calibrate(
             gated.log_lipschitz.copy_(gamma)
         for module, mode in modes.items():
             module.training = mode
-    if not count:
-        raise ValueError("batches is empty: calibration needs data")
     for gated, gamma in ours:
         assert gated.running_var is not None
         own = -gated._inverse_slope(gated.running_var).log() + math.log(margin)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lcnn.adapters.calibrate import calibrate as calibrate_model
+from lcnn.adapters.calibrate import calibrate_calls
 from lcnn.adapters.report import Entry, Report
-from lcnn.adapters.tracing import Seen, has_functional, observe, rewrite
+from lcnn.adapters.tracing import Seen, has_functional, observe, other_callers, rewrite
 from lcnn.core.activation import CenteredSoftplus, positive
 from lcnn.core.norm import KINDS, LipschitzNorm, from_batchnorm, is_fused_act
 from lcnn.core.parametrize import (
     CONVS,
     check_free,
+    computes_as,
     conv_spectral_norm,
     is_normalized,
     linear_spectral_norm,
@@ -92,8 +93,9 @@ def convert(
 
     Activations become :class:`CenteredSoftplus`, batch norms their Lipschitz form, convolutions and the
     classifier get a spectral norm. Calls of ``F.relu``, and one activation module called twice, get
-    modules of their own through ``torch.fx``, locally: only the module whose ``forward`` makes the calls is
-    replaced. A second conversion changes nothing.
+    modules of their own through ``torch.fx``, locally: only the ``forward`` that makes the calls is replaced,
+    by a subclass. Convolutions and linear layers with a ``forward`` of their own (weight standardisation,
+    padding at run time) stay, with an entry. A second conversion changes nothing.
 
     Args:
         model: any network.
@@ -111,7 +113,7 @@ def convert(
         calibrate: re-estimate running statistics and Gammas on the example input, see
             :func:`lcnn.calibrate`; for networks that were trained before.
         include: (qualified name, module) -> whether to convert it. Default: all.
-        inplace: convert ``model`` itself instead of a deep copy.
+        inplace: convert ``model`` itself instead of a deep copy (a bare activation or norm is still replaced).
 
     Raises:
         ValueError: for an unknown option, or an example that is missing where it is needed.
@@ -132,6 +134,8 @@ def convert(
     positive("lipschitz_init", lipschitz_init)
     if getattr(model, "lcnn_report", None) is not None:
         return model if inplace else copy.deepcopy(model)
+    if calibrate and example_input is None:
+        raise ValueError("calibrate=True needs example_input, a batch of real data")
     choose = include or (lambda name, module: True)
     options = _Options(
         activation,
@@ -151,13 +155,12 @@ def convert(
     report = Report()
     seen = None if example_input is None else observe(model, example_input)
     if activation != "keep":
-        model = _own_modules(model, options, seen, report)
+        _own_modules(model, options, seen, report)
         seen = None if example_input is None else observe(model, example_input)
-    _Surgeon(model, options, seen, report).run()
+    model = _Surgeon(model, options, seen, report).run()
     if calibrate:
-        if example_input is None:
-            raise ValueError("calibrate=True needs example_input, a batch of real data")
-        calibrate_model(model, [example_input])
+        example = example_input if isinstance(example_input, tuple) else (example_input,)
+        calibrate_calls(model, [example])
     object.__setattr__(model, "lcnn_report", report)
     return model
 
@@ -173,7 +176,8 @@ def _check_layers(model: nn.Module, options: _Options, has_example: bool) -> Non
             wanted = options.linear if isinstance(module, nn.Linear) else options.conv
             if wanted != "none" and options.include(name, module):
                 check_free(module, name)
-        if isinstance(module, CONVS) and options.conv == "operator" and not has_example:
+        needs = options.conv == "operator" and computes_as(module, CONVS)
+        if needs and options.include(name, module) and not has_example:
             raise ValueError(
                 f"{name} is a convolution, whose operator norm depends on its input's size: pass "
                 "example_input, or choose conv='reshape' or conv='none'"
@@ -182,9 +186,7 @@ def _check_layers(model: nn.Module, options: _Options, has_example: bool) -> Non
         raise ValueError("share_beta='channel' needs the channel counts: pass example_input")
 
 
-def _own_modules(
-    model: nn.Module, options: _Options, seen: Seen | None, report: Report
-) -> nn.Module:
+def _own_modules(model: nn.Module, options: _Options, seen: Seen | None, report: Report) -> None:
     """Rewrite every module whose own forward hides activations; deepest first."""
     twice = {m for m, n in (seen.calls if seen else {}).items() if n > 1}
     for name, module in reversed(list(model.named_modules(remove_duplicate=False))):
@@ -199,7 +201,7 @@ def _own_modules(
             continue
         kind = type(module).__name__
         try:
-            made, _ = rewrite(module, options.activations)
+            rewrite(module, options.activations)
         except Exception as error:  # noqa: BLE001 - whatever the forward does with a proxy
             reason = "; ".join(str(error).splitlines()[:1])
             what = "calls ReLU as a function" if hidden else "calls one activation several times"
@@ -207,11 +209,9 @@ def _own_modules(
             report.entries.append(Entry(name, kind, kind, note))
             warnings.warn(f"{name or 'the model'} ({kind}) {note}", UserWarning, stacklevel=4)
             continue
-        if name:
-            _set(model, name, made)
-        else:
-            model = made
-    return model
+        for method in other_callers(module) if hidden else ():
+            note = "calls ReLU as a function, and is changed only where forward calls it"
+            report.entries.append(Entry(f"{name}.{method}".lstrip("."), kind, kind, note))
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -237,9 +237,9 @@ class _Surgeon:
     def leave(self, name: str, module: nn.Module, note: str) -> None:
         self.note(name, module, type(module).__name__, note)
 
-    def run(self) -> None:
+    def run(self) -> nn.Module:
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
-            if "parametrizations" in name.split(".") or not name:
+            if "parametrizations" in name.split("."):
                 continue
             if module in self.made:  # one object under several names
                 _set(self.model, name, self.made[module])
@@ -248,7 +248,11 @@ class _Surgeon:
             made = self.layer(name, module)
             if made is not None and made is not module:
                 self.made[module] = made
-                _set(self.model, name, made)
+                if name:
+                    _set(self.model, name, made)
+                else:  # the model is one layer
+                    self.model = made
+        return self.model
 
     def layer(self, name: str, module: nn.Module) -> nn.Module | None:
         options = self.options
@@ -313,7 +317,7 @@ class _Surgeon:
 
     def convolution(self, name: str, module: nn.Module) -> nn.Module:
         kind = type(module).__name__
-        if self.options.conv == "reshape":
+        if self.options.conv == "reshape" and computes_as(module, CONVS):
             count = self.options.n_power_iterations
             dim = 1 if "Transpose" in kind else 0
             made: Any = torch.nn.utils.parametrizations.spectral_norm(
@@ -321,6 +325,9 @@ class _Surgeon:
             )
             self.report.entries.append(Entry(name, kind, f"{kind} (reshaped norm)"))
             return pickles(made)
+        if not computes_as(module, CONVS):
+            self.leave(name, module, "a forward of its own: what norm it has is not known")
+            return module
         assert self.seen is not None
         if module not in self.seen.inputs:
             return self.unreached(name, module)
@@ -335,6 +342,9 @@ class _Surgeon:
     def linear(self, name: str, module: nn.Module) -> nn.Module | None:
         if self.options.linear == "head" and module is not self.head:
             self.leave(name, module, "not the head; linear='all' normalises it")
+            return None
+        if not computes_as(module, (nn.Linear,)):
+            self.leave(name, module, "a forward of its own: what norm it has is not known")
             return None
         linear_spectral_norm(module)
         self.report.entries.append(Entry(name, "Linear", "Linear (spectral norm)"))

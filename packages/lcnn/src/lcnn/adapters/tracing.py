@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lcnn.core.penalty import evaluate
 
-__all__ = ["Seen", "has_functional", "observe", "rewrite"]
+__all__ = ["Seen", "has_functional", "observe", "other_callers", "rewrite"]
 
 FUNCTIONS = {F.relu, torch.relu, torch.relu_, F.relu_, Tensor.relu, Tensor.relu_, F.relu6}
 METHODS = {"relu", "relu_"}
@@ -107,25 +108,29 @@ def _trace(module: nn.Module) -> fx.Graph:
     return graphs[0]
 
 
-def rewrite(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[nn.Module, list[str]]:
-    """Give every call of an activation in a module's own forward a module of its own.
+def rewrite(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
+    """Give every call of an activation in a module's own forward a module of its own, in place.
+
+    The module gets a subclass of its class with another ``forward``; attributes, methods, hooks and the
+    state dict stay.
 
     Args:
         module: whose forward calls activations as functions, or one activation module several times.
         kinds: activation classes to split.
 
     Returns:
-        An equivalent module of the same class name with the same state dict, and the new children's names.
+        The new children's names.
 
     Raises:
         Exception: whatever makes it impossible to trace; ``module`` is unchanged then.
     """
     graph = _trace(module)
-    root, names, used = module, [], Counter()  # type: ignore[var-annotated]
-    additions: dict[str, nn.Module] = {}
-    for node in list(graph.nodes):
+    names: list[str] = []
+    used: Counter[int] = Counter()
+    plan: dict[int, str] = {}
+    for index, node in enumerate(graph.nodes):
         if node.op == "call_module":
-            child = root.get_submodule(str(node.target))
+            child = module.get_submodule(str(node.target))
             used[id(child)] += 1
             if used[id(child)] == 1 or not isinstance(child, kinds):
                 continue
@@ -136,18 +141,63 @@ def rewrite(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[nn.M
             base = f"relu_{sum(n.startswith('relu') for n in names) + 1}"
         else:
             continue
-        while hasattr(root, base) or base in additions:
+        while hasattr(module, base) or base in names:
             base += "_"
-        additions[base] = nn.ReLU()
+        plan[index] = base
         names.append(base)
+    if plan:
+        for name in names:
+            module.add_module(name, nn.ReLU())
+        _adopt(module, graph, plan)
+    return names
+
+
+def _adopt(module: nn.Module, graph: fx.Graph, plan: dict[int, str]) -> None:
+    """Let ``module`` call a child where ``graph`` has the nodes of ``plan``; all else of it stays."""
+    for index, node in enumerate(list(graph.nodes)):
+        if index not in plan:
+            continue
         with graph.inserting_before(node):
-            new = graph.call_module(base, (node.args[0] if node.args else node.kwargs["input"],))
+            value = node.args[0] if node.args else node.kwargs["input"]
+            new = graph.call_module(plan[index], (value,))
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-    for name, child in additions.items():
-        root.add_module(name, child)
-    made = fx.GraphModule(root, graph, type(module).__name__)
-    made.train(module.training)
-    for name in (n for n, _ in root.named_children() if not hasattr(made, n)):
-        made.add_module(name, root.get_submodule(name))  # unused children keep their state
-    return made, names
+    kind = type(module)
+    members = {
+        "__doc__": kind.__doc__,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__reduce_ex__": _reduce,
+        "_lcnn_plan": plan,
+        "forward": type(fx.GraphModule(module, graph)).forward,
+    }
+    module.__class__ = type(kind.__name__, (kind,), members)
+
+
+def _reduce(module: Any, protocol: int) -> Any:
+    """Pickle a rewritten module as one of its own class, and the plan to rewrite it again."""
+    return _revive, (type(module).__mro__[1], dict(module.__dict__), module._lcnn_plan)
+
+
+def _revive(kind: type[nn.Module], state: dict[str, Any], plan: dict[int, str]) -> nn.Module:
+    module = kind.__new__(kind)
+    module.__dict__.update(state)
+    _adopt(module, _trace(module), plan)
+    return module
+
+
+def other_callers(module: nn.Module) -> list[str]:
+    """Name the methods beside ``forward`` whose source calls an activation as a function."""
+    found = set()
+    for kind in type(module).__mro__:
+        if kind is nn.Module:
+            break
+        for name, member in vars(kind).items():
+            if name != "forward" and inspect.isfunction(member):
+                try:
+                    source = inspect.getsource(member)
+                except (OSError, TypeError):
+                    continue
+                if re.search(r"\b(F|functional|torch)\.relu|\.relu_?\(\)", source):
+                    found.add(name)
+    return sorted(found)

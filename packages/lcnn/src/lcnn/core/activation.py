@@ -18,6 +18,11 @@ def positive(name: str, value: float) -> float:
     return float(value)
 
 
+def in_backward() -> bool:
+    """Tell whether a checkpointed forward is running again inside the backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _wide(x: Tensor) -> Tensor:
     """Half precision is computed in float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -78,6 +83,7 @@ BLOCK = 2**16  # elements that stay in a core's cache through all passes
 
 def _in_blocks(g: Tensor, x: Tensor, beta: Tensor) -> bool:
     same = g.dtype == x.dtype == beta.dtype and g.is_contiguous() and x.is_contiguous()
+    same = same and x.dtype in (torch.float32, torch.float64)  # half precision is summed in float32
     return x.device.type == "cpu" and same and beta.dim() == 0 and x.numel() > BLOCK
 
 
@@ -303,17 +309,20 @@ class CenteredSoftplus(nn.Module):
         """Apply the function elementwise."""
         beta = self.beta
         if beta.dim():
-            axis = self.channel_dim % max(x.dim(), 1)
-            if x.shape[axis] != beta.numel():
+            inside = -x.dim() <= self.channel_dim < x.dim()
+            channels = x.shape[self.channel_dim] if inside else "no"
+            if channels != beta.numel():
                 raise RuntimeError(
                     f"CenteredSoftplus has {beta.numel()} betas, but the input of shape "
-                    f"{tuple(x.shape)} has {x.shape[axis]} channels on axis {self.channel_dim}"
+                    f"{tuple(x.shape)} has {channels} channels on axis {self.channel_dim}"
                 )
+            axis = self.channel_dim % x.dim()
             beta = beta.view([-1 if i == axis else 1 for i in range(x.dim())])
         return centered_softplus(x, beta)
 
     def extra_repr(self) -> str:
         """Show the present betas."""
         beta = self.beta.detach()
-        shown = f"beta={beta.item():.4g}" if beta.numel() == 1 else f"betas={beta.numel()}"
+        known = beta.numel() == 1 and not beta.is_meta
+        shown = f"beta={beta.item():.4g}" if known else f"betas={beta.numel()}"
         return shown + ("" if isinstance(self.log_beta, nn.Parameter) else ", learnable=False")

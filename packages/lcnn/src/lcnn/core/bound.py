@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from lcnn.core.activation import CenteredSoftplus
 from lcnn.core.norm import LipschitzBatchNormAct2d, LipschitzNorm
 from lcnn.core.operator import ConvMap, dense_matrix, frequency_blocks, gram_norm
-from lcnn.core.parametrize import CONVS, ConvSpectralNorm
+from lcnn.core.parametrize import CONVS, ConvSpectralNorm, computes_as
 
 __all__ = ["Bound", "hessian_bound"]
 
@@ -102,11 +102,19 @@ def _linear(module: Any, nominal: bool) -> Any:
     part = module.parametrizations["weight"][0] if hasattr(module, "parametrizations") else None
     if isinstance(part, ConvSpectralNorm):
         return _certified(weight, part.conv)
-    if module.padding_mode not in ("zeros", "circular"):
+    if module.padding_mode != "zeros" and not _wraps_once(module):
         return math.inf
     # ||A|| <= sqrt(kh kw) times the norm of the reshaped weight, whatever the size of the input
     norms = _norm(weight.unflatten(0, (module.groups, -1)).flatten(2)).max()
     return math.sqrt(math.prod(module.kernel_size)) * norms
+
+
+def _wraps_once(module: Any) -> bool:
+    """Tell whether circular padding repeats no output."""
+    if module.padding_mode != "circular" or isinstance(module.padding, str):
+        return bool(module.padding_mode == "circular")
+    axes = zip(module.padding, module.dilation, module.kernel_size, strict=True)
+    return all(2 * p <= d * (k - 1) for p, d, k in axes)
 
 
 def _certified(weight: Tensor, conv: ConvMap) -> Any:
@@ -114,9 +122,10 @@ def _certified(weight: Tensor, conv: ConvMap) -> Any:
     source, image = conv.shapes(weight)
     if min(math.prod(source), math.prod(image)) <= DENSE and math.prod(source) <= 4 * DENSE:
         return _norm(dense_matrix(weight, conv))
-    if conv.mode == "zeros" or (conv.mode == "circular" and max(conv.stride) == 1):
+    try:
         return gram_norm(frequency_blocks(weight, conv), 1e-3)
-    return math.inf
+    except ValueError:  # a kind of padding that has no such blocks
+        return math.inf
 
 
 def _pool(kernel: Any, stride: Any, dims: int) -> float:
@@ -145,21 +154,24 @@ def _module(module: nn.Module, nominal: bool) -> Pair | None:
             inner = _module(module.act, nominal)
             return None if inner is None else _compose((slope, 0.0), inner)
         return slope, 0.0
-    if isinstance(module, nn.Softplus):
+    if type(module) is nn.Softplus:
         return 1.0, module.beta / 4
-    if isinstance(module, (nn.Linear, *CONVS)):
+    if computes_as(module, (nn.Linear, *CONVS)):
         return _linear(module, nominal), 0.0
     if isinstance(module, KINKED):
         return 1.0, math.inf
-    if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
+    if type(module) in (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d):
+        if module.ceil_mode or getattr(module, "divisor_override", None):
+            return None
         dims = {nn.AvgPool1d: 1, nn.AvgPool2d: 2}.get(type(module), 3)
-        padding = module.padding if isinstance(module.padding, int) else max(module.padding)
+        pads: Any = module.padding
+        padding = pads if isinstance(pads, int) else max(pads)
         if padding and not module.count_include_pad:
             return None
         return _pool(module.kernel_size, module.stride, dims), 0.0
-    if isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)):
+    if type(module) in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
         return (1.0, 0.0) if module.output_size in (1, (1, 1)) else None
-    if isinstance(module, nn.MaxPool2d):
+    if type(module) is nn.MaxPool2d:
         k, s = module.kernel_size, module.stride
         ks = k if isinstance(k, tuple) else (k, k)
         ss = s if isinstance(s, tuple) else (s, s)
@@ -177,6 +189,12 @@ def _compose(inner: Pair, outer: Pair) -> Pair:
 
     (l_f, h_f), (l_g, h_g) = inner, outer
     return l_g * l_f, times(h_g, l_f * l_f) + times(l_g, h_f)
+
+
+def _plain_index(index: Any) -> bool:
+    """Tell whether an index picks every entry at most once."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(p is None or p is Ellipsis or isinstance(p, (int, slice)) for p in parts)
 
 
 def _call(node: fx.Node, args: list[Any]) -> Pair | None:
@@ -207,7 +225,8 @@ def _call(node: fx.Node, args: list[Any]) -> Pair | None:
     if target is F.avg_pool2d:
         kernel = node.args[1] if len(node.args) > 1 else node.kwargs["kernel_size"]
         stride = node.args[2] if len(node.args) > 2 else node.kwargs.get("stride")
-        if node.kwargs.get("padding", 0) == 0 and len(node.args) <= 3:
+        plain = not node.kwargs.keys() - {"input", "kernel_size", "stride"}
+        if plain and len(node.args) <= 3:
             return _compose(pair, (_pool(kernel, stride, 2), 0.0))
     return None
 
@@ -247,7 +266,7 @@ def hessian_bound(model: nn.Module, *, with_loss: bool = False, nominal: bool = 
     values: dict[fx.Node, Any] = {}
     first = True
     for node in graph.nodes:
-        args = [_lookup(a, values) for a in node.args]
+        args = [_lookup(a, values) for a in (*node.args, *node.kwargs.values())]
         args = [b for a in args for b in (a if isinstance(a, list) else [a])]
         pairs = [a for a in args if isinstance(a, tuple)]
         if node.op == "placeholder":
@@ -265,7 +284,7 @@ def hessian_bound(model: nn.Module, *, with_loss: bool = False, nominal: bool = 
             if not all(math.isfinite(_number(v)) for v in own):
                 unbounded.append(f"{node.target} ({type(module).__name__})")
             values[node] = _compose(pairs[0], own)
-        elif node.target is operator.getitem:
+        elif node.target is operator.getitem and _plain_index(node.args[1]):
             values[node] = pairs[0]
         else:
             value = _call(node, args)

@@ -144,8 +144,7 @@ class LCNNLoss(nn.Module):
         self.allow_low_precision = allow_low_precision
         self.last: Penalty | None = None
         self._run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._eager
-        if self.gradnorm or self.cure or self.jvp:
-            refuse_compiled(model, "LCNNLoss with gradnorm, cure or jvp")
+        self._refuse()
         if compile:
             if self.cure or self.jvp:
                 raise ValueError("compile=True supports the gradnorm term only, not cure or jvp")
@@ -157,6 +156,10 @@ class LCNNLoss(nn.Module):
         """The network."""
         return self._held[0]
 
+    def _refuse(self) -> None:
+        if self.gradnorm or self.cure or self.jvp:
+            refuse_compiled(self.model, "LCNNLoss with gradnorm, cure or jvp")
+
     @property
     def terms(self) -> dict[str, Tensor]:
         """The weighted parts of the last call and their ``total``, detached, on their device."""
@@ -167,22 +170,29 @@ class LCNNLoss(nn.Module):
         return loss, loss.new_zeros(())
 
     def _functional(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-sample losses and mean squared gradient, with the gradient inside ``torch.func``."""
+        """Per-sample losses and mean squared gradient, with the gradient inside ``torch.func``.
 
-        def total(inputs: Tensor) -> tuple[Tensor, Tensor]:
-            loss = self.loss_fn(self.model(inputs), y)
+        ``torch.func`` refuses to write to what it did not get as an argument: running statistics and the
+        vectors of the power iteration, so the buffers are arguments, and are updated in place all the same.
+        """
+        if not self.gradnorm:
+            loss = self.loss_fn(self.model(x), y)
+            return loss, loss.new_zeros(())
+
+        def total(inputs: Tensor, buffers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            outputs = torch.func.functional_call(self.model, buffers, (inputs,))
+            loss = self.loss_fn(outputs, y)
             return loss.sum(), loss
 
-        if not self.gradnorm:
-            loss = total(x)[1]
-            return loss, loss.new_zeros(())
-        g, loss = torch.func.grad(total, has_aux=True)(x)
+        buffers = dict(self.model.named_buffers())
+        g, loss = torch.func.grad(total, has_aux=True)(x, buffers)
         return loss, g.flatten(1).square().sum(1).mean()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the objective on inputs ``x`` (batch, ...) and targets ``y``, a scalar."""
         if x.shape[0] == 0:
             raise ValueError("x is an empty batch")
+        self._refuse()  # again: a model can be compiled after the criterion was made
         twice = bool(self.gradnorm or self.cure or self.jvp)
         low = self.allow_low_precision or not twice
         with torch.autocast(

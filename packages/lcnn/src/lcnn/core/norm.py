@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lcnn.core.activation import positive
+from lcnn.core.activation import in_backward, positive
 
 __all__ = [
     "LipschitzBatchNorm1d",
@@ -55,6 +55,7 @@ class LipschitzNorm(_BatchNorm):
     """
 
     log_lipschitz: nn.Parameter
+    _before: Tensor | None = None  # 1 / l of the last training forward
     weight: Any
     bias: Any
     running_mean: Any
@@ -84,6 +85,23 @@ class LipschitzNorm(_BatchNorm):
         start = math.log(positive("lipschitz", lipschitz))
         self.log_lipschitz = nn.Parameter(torch.tensor(start, device=device, dtype=dtype))
 
+    @classmethod
+    def from_batchnorm(
+        cls, norm: nn.Module, lipschitz: float = 10.0, *, stats: Stats = "running"
+    ) -> LipschitzNorm:
+        """Return the Lipschitz form of a batch norm of this kind, see :func:`lcnn.from_batchnorm`.
+
+        Raises:
+            TypeError: for a norm whose Lipschitz form is of another class.
+        """
+        made = from_batchnorm(norm, lipschitz, stats=stats)
+        if not isinstance(made, cls):
+            raise TypeError(
+                f"{cls.__name__}.from_batchnorm got {type(norm).__name__}, whose Lipschitz form is "
+                f"{type(made).__name__}"
+            )
+        return made
+
     @property
     def lipschitz(self) -> Tensor:
         """The present Gamma, a scalar."""
@@ -112,6 +130,14 @@ class LipschitzNorm(_BatchNorm):
         else:
             with torch.no_grad():
                 inverse = self._inverse_slope(self.running_var)
+                if in_backward() and batch_stats and self._before is not None:
+                    inverse = self._before  # a checkpointed forward runs again: what it used
+                if not torch.compiler.is_compiling():
+                    self._before = inverse if batch_stats else None
+                else:
+                    # A compiled backward pass may compute this again, from the running variance, which has
+                    # moved by then; it keeps the result of a sort.
+                    inverse = inverse.view(1).sort().values[0]
         product = self.lipschitz * inverse
         return torch.minimum(product, torch.ones_like(product))
 
@@ -121,7 +147,8 @@ class LipschitzNorm(_BatchNorm):
         batch_stats = self.training or self.running_mean is None or self.running_var is None
         factor = 0.0 if self.momentum is None else self.momentum
         scale = self._scale(input, batch_stats)  # before the running variance moves
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        again = batch_stats and in_backward()  # statistics have been counted already
+        if not again and self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 factor = 1.0 / float(self.num_batches_tracked)
@@ -129,10 +156,13 @@ class LipschitzNorm(_BatchNorm):
         ones = scale.new_ones(self.num_features) if self.weight is None else self.weight
         weight = scale * ones
         tracked = not self.training or self.track_running_stats
+        mean, var = self.running_mean, self.running_var
+        if again and mean is not None:
+            mean, var = mean.clone(), var.clone()  # these move instead
         return F.batch_norm(
             input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
+            mean if tracked else None,
+            var if tracked else None,
             weight,
             self.bias,
             batch_stats,
@@ -142,9 +172,10 @@ class LipschitzNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """Show Gamma and where the slope comes from."""
-        gamma = self.lipschitz.detach().item()
+        gamma = self.lipschitz.detach()
+        shown = "?" if gamma.is_meta else f"{gamma.item():.4g}"
         base = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{base}, lipschitz={gamma:.4g}, stats={self.stats!r}"
+        return f"{base}, lipschitz={shown}, stats={self.stats!r}"
 
 
 class LipschitzBatchNorm1d(LipschitzNorm, nn.BatchNorm1d):

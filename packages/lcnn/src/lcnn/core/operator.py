@@ -69,7 +69,8 @@ class ConvMap:
         elif padding == "valid":
             pads = ((0, 0),) * n
         else:
-            assert not isinstance(padding, str), padding
+            if isinstance(padding, str):
+                raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
             pads = tuple((p, p) for p in _ints(padding, n))
         both = [a + b for a, b in pads]
         if transposed:
@@ -237,7 +238,9 @@ def frequency_blocks(weight: Tensor, conv: ConvMap) -> Tensor:
     axes = tuple(range(2, 2 + len(grid)))
     blocks = torch.fft.fftn(spread, dim=axes).flatten(2)  # (C_out, C_in/g, F)
     blocks = blocks.unflatten(0, (conv.groups, -1))
-    moved: Tensor = blocks.permute(0, 3, 1, 2)
+    # more padding than the kernel needs repeats outputs: each frequency at most so many times
+    repeats = [-(-n // m) for n, m in zip(conv.small, conv.big, strict=True)] if circular else [1]
+    moved: Tensor = blocks.permute(0, 3, 1, 2) * math.sqrt(math.prod(repeats))
     return moved
 
 
@@ -290,7 +293,8 @@ def conv_operator_norm(
         method: ``"power"``: power iteration on the operator, from below, until a step changes it by
             less than ``tol / 100000``. ``"exact"``: the singular values of the dense matrix, for small layers.
             ``"fft"``: the largest block of the circular convolution that contains the layer: exact for
-            circular padding with stride 1, an upper bound for zero padding (any stride). ``"gram"``: the
+            circular padding with stride 1 and an output of the input's size (or whole multiples of it), an
+            upper bound for other circular padding with stride 1 and for zero padding (any stride). ``"gram"``: the
             same blocks by Gram iteration, without an SVD; an upper bound within ``tol`` of ``"fft"``.
         tol: relative tolerance.
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 
-from lcnn.core.activation import positive
+from lcnn.core.activation import in_backward, positive
 from lcnn.core.operator import ConvMap, start_vector, unit
 
 __all__ = ["ConvSpectralNorm", "conv_spectral_norm", "linear_spectral_norm"]
@@ -25,13 +25,12 @@ CONVS = (
 )
 
 
-def _in_backward() -> bool:
-    """Tell whether a checkpointed forward is running again inside the backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 class ConvSpectralNorm(nn.Module):
-    """W -> W target / sigma(W), sigma from one power step per training forward (Section 4.3)."""
+    """W -> W target / sigma(W), sigma from one power step per training forward (Section 4.3).
+
+    In evaluation without gradients the result is kept until the weight, a buffer or the mode changes. Writes
+    through ``weight.data`` are not seen: call ``train()`` or ``eval()`` after them.
+    """
 
     _u: Tensor
     _v: Tensor
@@ -55,6 +54,7 @@ class ConvSpectralNorm(nn.Module):
         self.target = target
         self.mode = mode
         self.eps = eps
+        self._kept: tuple[Tensor, tuple[Any, ...]] | None = None
         source, image = conv.shapes(weight)
         self.register_buffer("_u", start_vector(image, weight.detach()))
         self.register_buffer("_v", start_vector(source, weight.detach()))
@@ -78,16 +78,57 @@ class ConvSpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight that the convolution uses."""
-        with torch.autocast(weight.device.type, enabled=False):
-            if self.training and not _in_backward():
+        if self._keeps(weight):
+            key = self._state(weight)
+            if self._kept is None or self._kept[1] != (*key, self._kept[0]._version):
+                with torch.inference_mode(False), torch.no_grad():
+                    made = self._normalised(weight)
+                self._kept = made, (*key, made._version)
+            return self._kept[0]
+        if self.training and not in_backward():
+            with torch.autocast(weight.device.type, enabled=False):
                 self.power_step(weight.detach(), self.n_power_iterations)
+                with torch.no_grad():
+                    self._sigma.copy_(self.sigma(weight))
+        return self._normalised(weight)
+
+    def _normalised(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
             sigma = self.sigma(weight)
-            with torch.no_grad():
-                self._sigma.copy_(sigma)
             factor = self.target / sigma.clamp_min(self.eps)
             if self.mode == "clip":
                 factor = factor.clamp_max(1.0)
             return weight * torch.where(sigma < self.eps, torch.ones_like(factor), factor)
+
+    def _keeps(self, weight: Tensor) -> bool:
+        """Tell whether the result of an earlier evaluation may serve."""
+        graph = torch.is_grad_enabled() and weight.requires_grad
+        if self.training or graph or torch.compiler.is_compiling():
+            return False
+        plain = type(weight) in (Tensor, nn.Parameter)
+        return plain and not (
+            weight.is_inference()
+            or self._u.is_inference()
+            or torch._C._functorch.is_functorch_wrapped_tensor(weight)
+        )
+
+    def _state(self, weight: Tensor) -> tuple[Any, ...]:
+        tensors = (weight, self._u, self._v)
+        return tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
+
+    def train(self, mode: bool = True) -> ConvSpectralNorm:
+        """Set the mode, and forget the kept weight."""
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ConvSpectralNorm:
+        self._kept = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the kept weight out of copies and pickles."""
+        return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
         """Show the sizes that the norm belongs to."""
@@ -162,6 +203,13 @@ def conv_spectral_norm(
     """
     if not isinstance(conv, CONVS):
         raise TypeError(f"conv_spectral_norm takes nn.Conv* modules, got {type(conv).__name__}")
+    if not computes_as(conv, CONVS):
+        raise TypeError(f"{type(conv).__name__} has a forward of its own: its norm is not known")
+    if n_power_iterations < 0 or init_iterations < 1:
+        raise ValueError(
+            "n_power_iterations must be at least 0 and init_iterations at least 1, got "
+            f"{n_power_iterations!r} and {init_iterations!r}"
+        )
     check_free(conv)
     if mode not in ("normalize", "clip"):
         raise ValueError(f"mode must be 'normalize' or 'clip', got {mode!r}")
@@ -186,6 +234,17 @@ def refresh(part: Any, weight: Tensor, count: int) -> None:
         part._power_method(part._reshape_weight_to_matrix(weight), count)
 
 
+def computes_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Tell whether a layer, perhaps of a subclass, computes what one of torch's own ``kinds`` computes."""
+    own: Any = type(module)
+    names = ("forward", "_conv_forward")
+    return any(
+        isinstance(module, kind)
+        and all(getattr(own, n, None) is getattr(kind, n, None) for n in names)
+        for kind in kinds
+    )
+
+
 def is_normalized(module: nn.Module) -> bool:
     """Tell whether this package has parametrized a layer."""
     return vars(type(module)).get("__reduce_ex__") is _reduce
@@ -205,6 +264,14 @@ def check_free(module: nn.Module, name: str = "") -> None:
         )
 
 
+class MatrixSpectralNorm(_SpectralNorm):
+    """torch's own, without a second power step where a checkpointed forward runs again."""
+
+    def _power_method(self, weight_mat: Tensor, n_power_iterations: int) -> None:
+        if not in_backward():
+            super()._power_method(weight_mat, n_power_iterations)
+
+
 def linear_spectral_norm(linear: nn.Module) -> nn.Module:
     """Apply torch's own matrix spectral norm, in place, in a form that can be pickled.
 
@@ -214,4 +281,6 @@ def linear_spectral_norm(linear: nn.Module) -> nn.Module:
         1.0
     """
     check_free(linear)
-    return pickles(spectral_norm(linear))
+    made: Any = spectral_norm(linear)
+    made.parametrizations.weight[0].__class__ = MatrixSpectralNorm
+    return pickles(made)

@@ -43,8 +43,13 @@ def per_sample(loss: Tensor, batch: int) -> Tensor:
 
 
 def is_compiled(model: object) -> bool:
-    """Tell whether ``model`` is the result of ``torch.compile``."""
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    """Tell whether ``model``, or a part of it, is the result of ``torch.compile``."""
+    parts = model.modules() if isinstance(model, nn.Module) else [model]
+    return any(
+        "_orig_mod" in getattr(part, "_modules", {})
+        or getattr(part, "_compiled_call_impl", None) is not None
+        for part in parts
+    )
 
 
 def refuse_compiled(model: object, what: str) -> None:
@@ -71,7 +76,10 @@ def _once(model: nn.Module) -> Iterator[tuple[CenteredSoftplus | None, Lipschitz
 
 def _zero(model: nn.Module) -> Tensor:
     first = next(model.parameters(), None)
-    return torch.zeros(()) if first is None else first.new_zeros(())
+    if first is None:
+        return torch.zeros(())
+    # not new_zeros: the zero of a sharded parameter is sharded
+    return torch.zeros((), dtype=first.dtype, device=first.device)
 
 
 def sums(model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lcnn.adapters.convert import convert
+from lcnn.core.activation import CenteredSoftplus
 
 __all__ = ["METHODS", "Method", "build"]
 
@@ -61,6 +62,26 @@ def with_softplus(model: nn.Module, beta: float) -> nn.Module:
         for name, child in list(module.named_children()):
             if isinstance(child, nn.ReLU):
                 setattr(module, name, nn.Softplus(beta))
+    return model
+
+
+def with_own_activations(model: nn.Module, beta: float | None) -> nn.Module:
+    """Return a copy of a standard network of ``lcnn.models`` with other activations and nothing else changed.
+
+    ``beta`` is that of ``nn.Softplus``; None for learnable centered softplus (the minimal recipe).
+
+    Example:
+        >>> with_own_activations(nn.Sequential(nn.Softplus(1000.0)), 10.0)
+        Sequential(
+          (0): Softplus(beta=10.0, threshold=20.0)
+        )
+    """
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Softplus):
+                made = CenteredSoftplus() if beta is None else nn.Softplus(beta)
+                setattr(module, name, made)
     return model
 
 

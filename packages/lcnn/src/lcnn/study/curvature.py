@@ -47,7 +47,9 @@ def _scaled(v: Tensor, factor: Tensor) -> Tensor:
 
 
 def check_eval(model: Any, allow_train: bool) -> None:
-    """Raise RuntimeError for layers that couple or randomise samples; warn of ReLU."""
+    """Raise RuntimeError where nothing can be measured; warn of ReLU."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("inference mode records no gradient: use torch.no_grad(), or neither")
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     busy = [m for m in modules if m.training and isinstance(m, (_BatchNorm, _DropoutNd))]
     if busy and not allow_train:
@@ -216,7 +218,7 @@ def curvature(
 
     Raises:
         ValueError: for an empty batch, an unknown option, no labels, or a loss that is not per sample.
-        RuntimeError: for a model in training mode, or a compiled one.
+        RuntimeError: for a model in training mode, or a compiled one, or under inference mode.
 
     Example:
         >>> a = torch.diag(torch.tensor([1.0, -3.0]))
@@ -230,6 +232,8 @@ def curvature(
         raise ValueError(f"method must be 'power', 'lanczos' or 'exact', got {method!r}")
     if iters < 1:
         raise ValueError(f"iters must be at least 1, got {iters!r}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk!r}")
     refuse_compiled(model, "curvature")
     check_eval(model, allow_train)
     if generator is None:
