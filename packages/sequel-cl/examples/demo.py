@@ -24,7 +24,7 @@ from sequel import metrics, scenarios
 
 KINDS = {
     "class-IL": {"epochs": 5, "lr": 0.1, "lam": (100.0, 0.3)},
-    "task-IL": {"epochs": 5, "lr": 0.1, "lam": (1000.0, 10.0)},
+    "task-IL": {"epochs": 5, "lr": 0.1, "lam": (10000.0, 10.0)},  # chosen on seeds 10 to 13
     "permuted": {"epochs": 3, "lr": 0.05, "lam": (5.0, 0.3)},
     "rotated": {"epochs": 3, "lr": 0.05, "lam": (20.0, 0.3)},
 }

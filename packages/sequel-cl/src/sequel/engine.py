@@ -181,6 +181,11 @@ class Tools:
             found = sums(params, x, y, t, w_, u_)
             total = ops.map(lambda a, b: a + b, total, found)
             count += 1 if per_batch else n
+        if not all(bool(ops.isfinite(leaf).all()) for leaf in total.values()):
+            raise FloatingPointError(
+                f"the importances of task {self.task} are not finite: its inputs or the parameters hold "
+                "NaN, or the gradients overflow"
+            )
         return ops.map(lambda a: a / count, total)
 
     def features(self, params: Tree, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
