@@ -65,7 +65,10 @@ class Quadratic(Algorithm):
     def grads(self, ops: Ops, grads: Tree, params: Tree, ctx: Context, state: State) -> Tree:
         if self.apply == "prox" or self.lam == 0 or ctx.past == 0:
             return grads
-        return ops.addcmul(grads, state["omega"], ops.sub(params, state["anchor"]), self.lam)
+        away = ops.sub(params, state["anchor"])
+        if "task_grads" in self.needs:
+            return ops.addcmul(grads, state["omega"], away, self.lam)
+        return ops.accumulate(grads, state["omega"], away, self.lam)
 
     def after_step(
         self, ops: Ops, old: Tree, new: Tree, grads: Tree, ctx: Context, state: State

@@ -36,7 +36,7 @@ class SI(Quadratic):
     xi: float = 0.1
     grad_source: str = "task"
     clip_omega: float | None = None
-    needs = frozenset({"old_params"})
+    needs = frozenset({"old_params", "task_grads"})
 
     def check(self) -> None:
         super().check()
@@ -53,7 +53,7 @@ class SI(Quadratic):
     ) -> tuple[Tree, State]:
         new, state = super().after_step(ops, old, new, grads, ctx, state)
         g = grads if self.grad_source == "task" else ctx.total_grads
-        path = ops.accumulate(state["path"], g, ops.sub(new, old), -1.0)
+        path = ops.accumulate(state["path"], g, ops.sub_from(old, new), 1.0)
         return new, {**state, "path": path}
 
     def on_task_end(

@@ -96,6 +96,10 @@ class Ops(ABC):
     def pick(self, x: Array, column: Array) -> Array:
         """Return x[n, column[n]] of a matrix."""
 
+    def nll(self, logits: Array, y: Array) -> Array:
+        """Return the cross-entropy of every row."""
+        return -self.pick(self.log_softmax(logits), y)
+
     @abstractmethod
     def scatter(self, x: Array, rows: Array, values: Array) -> Array:
         """Write values into rows of x; rows >= len(x) are dropped. In place where that is possible."""
@@ -164,6 +168,10 @@ class Ops(ABC):
     def accumulate(self, total: Tree, b: Tree, c: Tree, scale: float) -> Tree:
         """Return total + scale b c; total is used up, so that PyTorch may write into it."""
         return self.addcmul(total, b, c, scale)
+
+    def sub_from(self, a: Tree, b: Tree) -> Tree:
+        """Return a - b; a is used up, so that PyTorch may write into it."""
+        return self.sub(a, b)
 
     def dot(self, a: Tree, b: Tree) -> Array:
         """Return the inner product of two trees."""

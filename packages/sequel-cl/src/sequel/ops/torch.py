@@ -47,6 +47,9 @@ class TorchOps(Ops):
     def pick(self, x: Array, column: Array) -> Array:
         return x.gather(1, column[:, None])[:, 0]
 
+    def nll(self, logits: Array, y: Array) -> Array:
+        return torch.nn.functional.cross_entropy(logits, y, reduction="none")
+
     def scatter(self, x: Array, rows: Array, values: Array) -> Array:
         keep = rows < len(x)
         x[rows[keep]] = values[keep].to(x.dtype)
@@ -119,6 +122,11 @@ class TorchOps(Ops):
             torch._foreach_addcmul_(_leaves(total), _leaves(b), _leaves(c), value=scale)
         return total
 
+    def sub_from(self, a: Tree, b: Tree) -> Tree:
+        with torch.no_grad():
+            torch._foreach_sub_(_leaves(a), _leaves(b))
+        return a
+
     def value_and_grad(
         self, fn: Callable[[Tree], tuple[Array, Any]], params: Tree, *, create_graph: bool = False
     ) -> tuple[tuple[Array, Any], Tree]:
@@ -138,6 +146,12 @@ class TorchOps(Ops):
         return (value if create_graph else value.detach(), aux), grads
 
     def per_sample_grad(self, fn: Callable[..., Array], params: Tree, *batch: Array) -> Tree:
+        n = len(batch[0])
+        if n <= 2:  # cheaper than to set up a vmap
+            each = [
+                self.grad(lambda p, i=i: fn(p, *(b[i] for b in batch)), params) for i in range(n)
+            ]  # type: ignore[misc]
+            return {name: torch.stack([g[name] for g in each]) for name in params}
         dims = (None, *(0 for _ in batch))
         plain = {name: leaf.detach() for name, leaf in params.items()}
         out: Tree = torch.func.vmap(torch.func.grad(fn), in_dims=dims, randomness="different")(
