@@ -166,7 +166,7 @@ class Tools:
             self._compiled[key] = self._make_sums(kind, temperature)
         sums, leaf = self._compiled[key], next(iter(params.values()))
         u = stream(self.info.seed, "fisher-labels", self.task).random(len(data))
-        total = ops.zeros_like(ops.copy(params))
+        total = ops.wide(ops.zeros_like(ops.copy(params)))
         count = 0
         for at in range(0, len(data), chunk):
             part = data[np.arange(at, min(at + chunk, len(data)))]

@@ -46,7 +46,7 @@ class SI(Quadratic):
             _check.above("clip_omega", self.clip_omega, 0.0)
 
     def init(self, ops: Ops, params: Tree, info: Info) -> State:
-        return {**super().init(ops, params, info), "path": ops.zeros_like(params)}
+        return {**super().init(ops, params, info), "path": ops.wide(ops.zeros_like(params))}
 
     def after_step(
         self, ops: Ops, old: Tree, new: Tree, grads: Tree, ctx: Context, state: State
@@ -63,8 +63,8 @@ class SI(Quadratic):
             total = omega + ops.relu(path) / ((p - anchor) ** 2 + self.xi)
             return total if self.clip_omega is None else ops.clip(total, None, self.clip_omega)
 
-        params_now = ops.copy(params)
+        params_now = ops.wide(ops.copy(params))
         omega = ops.map(grown, state["omega"], state["path"], params_now, state["anchor"])
-        state = {"omega": omega, "anchor": params_now, "path": ops.zeros_like(params_now)}
+        state = {"omega": omega, "anchor": params_now, "path": ops.zeros_like(omega)}
         self.warn_if_unstable(ops, tools, state)
         return params, state

@@ -149,6 +149,11 @@ class Ops(ABC):
         """Return a tree of zeros."""
         return {name: self.xp.zeros_like(leaf) for name, leaf in tree.items()}
 
+    def wide(self, tree: Tree) -> Tree:
+        """Return the tree with 16-bit floats as float32: importances are sums of tiny squares."""
+        half, single = (self.xp.float16, self.xp.bfloat16), self.xp.zeros((), dtype=self.xp.float32)
+        return self.map(lambda x: self.cast(x, single) if x.dtype in half else x, tree)
+
     @abstractmethod
     def copy(self, tree: Tree) -> Tree:
         """Return detached copies of the leaves."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class TorchOps(Ops):
     def addcmul(self, a: Tree, b: Tree, c: Tree, scale: float) -> Tree:
         with torch.no_grad():
             leaves = torch._foreach_addcmul(_leaves(a), _leaves(b), _leaves(c), value=scale)
-            return _named(a, leaves)
+            return _named(a, [new.to(x.dtype) for new, x in zip(leaves, _leaves(a), strict=True)])
 
     def accumulate(self, total: Tree, b: Tree, c: Tree, scale: float) -> Tree:
         with torch.no_grad():
@@ -148,9 +149,8 @@ class TorchOps(Ops):
     def per_sample_grad(self, fn: Callable[..., Array], params: Tree, *batch: Array) -> Tree:
         n = len(batch[0])
         if n <= 2:  # cheaper than to set up a vmap
-            each = [
-                self.grad(lambda p, i=i: fn(p, *(b[i] for b in batch)), params) for i in range(n)
-            ]  # type: ignore[misc]
+            rows = zip(*batch, strict=True)
+            each = [self.grad(partial(_on_row, fn, row), params) for row in rows]
             return {name: torch.stack([g[name] for g in each]) for name in params}
         dims = (None, *(0 for _ in batch))
         plain = {name: leaf.detach() for name, leaf in params.items()}
@@ -161,6 +161,10 @@ class TorchOps(Ops):
 
     def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn
+
+
+def _on_row(fn: Callable[..., Array], row: tuple[Array, ...], params: Tree) -> Array:
+    return fn(params, *row)
 
 
 def _leaves(tree: Tree) -> list[Tensor]:
