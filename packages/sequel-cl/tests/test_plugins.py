@@ -291,23 +291,28 @@ def _rank(rank: int, folder: str) -> None:
     ewc = sequel.torch.EWC(model, lam=1.0)
     data = [(x.double(), y) for x, y in batches()]
     ewc.consolidate(data[rank::2])
-    _finish(
-        Path(folder) / f"{rank}.pt",
-        {
-            k.removeprefix("omega.module."): v
-            for k, v in ewc.state_dict().items()
-            if k.startswith("omega")
-        },
-    )
+    omega = {
+        k.removeprefix("omega.module."): v
+        for k, v in ewc.state_dict().items()
+        if k.startswith("omega")
+    }
+    grads = _agem_grads(slice(rank, None, 2), parallel=True)
+    _finish(Path(folder) / f"{rank}.pt", {"omega": omega, "grads": grads})
 
 
-def test_fisher_over_two_ranks_equals_one_process(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What two processes found: starting them is what takes the time."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_fisher_over_two_ranks_equals_one_process(ranks: Any) -> None:
     torch.manual_seed(0)
     model = sequel.nn.MLP(64, (12,), 6).double()
     alone = fisher_diagonal(model, [(x.double(), y) for x, y in batches()])
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for found in (rank["omega"] for rank in ranks):
         assert set(found) == set(alone)
         for name in alone:
             torch.testing.assert_close(found[name], alone[name], rtol=1e-12, atol=1e-15)
@@ -329,15 +334,6 @@ def test_gem_in_a_loop_of_its_own() -> None:
     assert float((G @ out).min()) > -1e-9
 
 
-def _project(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    grads = _agem_grads(slice(rank, None, 2), parallel=True)
-    _finish(Path(folder) / f"{rank}.pt", grads)
-
-
 def _agem_grads(rows: slice, *, parallel: bool) -> Any:
     torch.manual_seed(0)
     net = nn.Linear(5, 3).double()
@@ -349,13 +345,11 @@ def _agem_grads(rows: slice, *, parallel: bool) -> Any:
     return {name: p.grad for name, p in net.named_parameters()}
 
 
-def test_agem_over_two_ranks_equals_one_process(tmp_path: Path) -> None:
-    mp.spawn(_project, (str(tmp_path),), nprocs=2)
+def test_agem_over_two_ranks_equals_one_process(ranks: Any) -> None:
     alone = _agem_grads(slice(None), parallel=False)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for rank in ranks:
         for name, value in alone.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(rank["grads"][name], value, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
