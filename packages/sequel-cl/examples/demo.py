@@ -24,7 +24,7 @@ from sequel import metrics, scenarios
 
 KINDS = {
     "class-IL": {"epochs": 5, "lr": 0.1, "lam": (100.0, 0.3)},
-    "task-IL": {"epochs": 5, "lr": 0.1, "lam": (1000.0, 10.0)},
+    "task-IL": {"epochs": 5, "lr": 0.1, "lam": (10000.0, 10.0)},  # chosen on seeds 10 to 13
     "permuted": {"epochs": 3, "lr": 0.05, "lam": (5.0, 0.3)},
     "rotated": {"epochs": 3, "lr": 0.05, "lam": (20.0, 0.3)},
 }
@@ -124,10 +124,10 @@ def claims(
     fell = {n: 100 * forgot["task-IL", n] for n in ("naive", "EWC", "SI")}
     rows.append(
         claim(
-            "task-IL: regularisation forgets at most 85 % of what fine-tuning does",
+            "task-IL: of what fine-tuning forgets, EWC forgets at most a quarter and SI at most 85 %",
             f"naive forgets {fell['naive']:.1f} points",
             f"EWC {fell['EWC']:.1f}, SI {fell['SI']:.1f}",
-            max(fell["EWC"], fell["SI"]) <= 0.85 * fell["naive"],
+            fell["EWC"] <= 0.25 * fell["naive"] and fell["SI"] <= 0.85 * fell["naive"],
         )
     )
     for kind in ("permuted", "rotated"):

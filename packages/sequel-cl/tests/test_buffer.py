@@ -191,3 +191,16 @@ def test_bad_input_is_named() -> None:
         sequel.ReplayBuffer(3, "gdumb").add(x=torch.zeros(2))
     with pytest.raises(RuntimeError, match="manual"):
         Slots(3, "manual").add(np.zeros(1))
+
+
+def test_class_policies_insist_on_labels_in_range(tmp_path: Path) -> None:
+    x = torch.ones(5, 3)
+    for policy in ("ring", "class_balanced", "gdumb"):
+        with pytest.raises(ValueError, match="needs the labels"):
+            sequel.ReplayBuffer(8, policy, n_classes=4).add(x=x)
+    with pytest.raises(ValueError, match=r"y must lie in \[0, 3\), got 3"):
+        sequel.ReplayBuffer(8, "ring", n_classes=3).add(x=x, y=torch.arange(5))
+    slots = sequel.ReplayBuffer(3, "ring", n_classes=5).add(x=x, y=torch.arange(5))
+    assert slots.tolist() == [0, 1, 2, 3, 3]  # 3, the capacity: not stored
+    with pytest.raises(ValueError, match="bfloat16"):
+        sequel.ReplayBuffer(3, storage="mmap", path=tmp_path).add(x=x.bfloat16())

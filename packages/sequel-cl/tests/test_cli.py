@@ -170,3 +170,50 @@ def test_spawned_workers(tmp_path: Path) -> None:
     base = {"scenario": "permuted-digits", "tasks": 1, "epochs": 1, "train_size": 64}
     jobs = [({**base, "seed": s}, str(tmp_path / str(s)), True) for s in (0, 1)]
     assert [Path(r["folder"]).name for r in _pool(jobs, 2)] == ["0", "1"]
+
+
+def test_a_folder_of_another_run_is_refused_and_stays_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["run", "--algo", "ewc", *FAST, "--out", str(tmp_path)]
+    assert main([*args, "--lam", "5", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    before = (Path(row["folder"]) / "run.json").read_text()
+    assert main([*args, "--lam", "5", "--set", "lr=0.4"]) == 2
+    assert "lr: 0.05 there, 0.4 here" in capsys.readouterr().err
+    assert main([*args, "--lam", "7"]) == 2
+    assert "'lam': 5" in capsys.readouterr().err
+    assert (Path(row["folder"]) / "run.json").read_text() == before
+    assert main(["resume", row["folder"], "--quiet"]) == 0
+    assert f"acc {row['acc']:.4f}" in capsys.readouterr().out
+
+
+def test_a_sweep_keeps_what_is_set_beside_its_config_file(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('algo = "ewc"\ntasks = 2\nepochs = 1\n[params]\nlam = 3\n')
+    args = ["sweep", "--config", str(config), "--set", "mode=online", "--grid", "gamma=0.5,1"]
+    assert main([*args, "--quiet", "--out", str(tmp_path)]) == 0
+    found = [json.loads(f.read_text())["params"] for f in sorted(tmp_path.rglob("run.json"))]
+    assert [(p["lam"], p["mode"], p["gamma"]) for p in found] == [
+        (3, "online", 0.5),
+        (3, "online", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["run", "--backend", "foo"], "backend must be one of"),
+        (["run", "--seeds", "3:1"], "--seeds must be like"),
+        (["run", "--seeds", "5:"], "--seeds must be like"),
+        (["run", "--set", "lr=1e30"], "the loss is"),
+        (["sweep", "--grid", "lr=1", "--jobs", "0"], "--jobs must be an integer >= 1"),
+    ],
+)
+def test_what_cannot_run_says_so_in_one_line(
+    args: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*args, *FAST, "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert captured.err.count("\n") == 1

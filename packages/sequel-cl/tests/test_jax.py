@@ -48,7 +48,9 @@ class Plain(linen.Module):
 
 
 @pytest.mark.parametrize(
-    "algorithm", [sequel.EWC(lam=1.0), sequel.ER(memory=20)], ids=lambda a: a.name
+    "algorithm",
+    [sequel.EWC(lam=1.0), pytest.param(sequel.ER(memory=20), marks=pytest.mark.slow)],
+    ids=lambda a: a.name,
 )
 def test_flax_models_with_running_statistics(algorithm: Any) -> None:
     scenario = small_scenario(2)
@@ -116,7 +118,11 @@ def test_nothing_crosses_to_the_host_inside_the_scan() -> None:
 
 @pytest.mark.parametrize(
     "algorithm",
-    [sequel.EWC(lam=1.0), sequel.ICaRL(memory=12), sequel.DER(memory=20)],
+    [
+        sequel.DER(memory=20),
+        pytest.param(sequel.EWC(lam=1.0), marks=pytest.mark.slow),
+        pytest.param(sequel.ICaRL(memory=12), marks=pytest.mark.slow),
+    ],
     ids=lambda a: a.name,
 )
 def test_seeds_in_one_program_equal_the_seeds_own_runs(algorithm: Any) -> None:

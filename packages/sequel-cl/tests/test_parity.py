@@ -68,8 +68,19 @@ def test_every_algorithm_is_in_the_table() -> None:
     assert set(ALGORITHMS) == set(sequel.ALGORITHMS)
 
 
-@pytest.mark.parametrize("network", ["mlp", "cnn"])
-@pytest.mark.parametrize("name", ALGORITHMS)
+QUICK_CNN = ("ewc", "er", "derpp")  # the other CNN cases take seconds each: marked slow
+CASES = [
+    pytest.param(
+        name,
+        network,
+        marks=pytest.mark.slow if network == "cnn" and name not in QUICK_CNN else (),
+    )
+    for name in ALGORITHMS
+    for network in ("mlp", "cnn")
+]
+
+
+@pytest.mark.parametrize(("name", "network"), CASES)
 def test_backends_agree_to_1e_10_under_sgd(name: str, network: str) -> None:
     found = compare(ALGORITHMS[name], network=network)
     assert found["params"] <= 1e-10

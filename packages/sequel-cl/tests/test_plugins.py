@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -290,23 +291,28 @@ def _rank(rank: int, folder: str) -> None:
     ewc = sequel.torch.EWC(model, lam=1.0)
     data = [(x.double(), y) for x, y in batches()]
     ewc.consolidate(data[rank::2])
-    _finish(
-        Path(folder) / f"{rank}.pt",
-        {
-            k.removeprefix("omega.module."): v
-            for k, v in ewc.state_dict().items()
-            if k.startswith("omega")
-        },
-    )
+    omega = {
+        k.removeprefix("omega.module."): v
+        for k, v in ewc.state_dict().items()
+        if k.startswith("omega")
+    }
+    grads = _agem_grads(slice(rank, None, 2), parallel=True)
+    _finish(Path(folder) / f"{rank}.pt", {"omega": omega, "grads": grads})
 
 
-def test_fisher_over_two_ranks_equals_one_process(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What two processes found: starting them is what takes the time."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_fisher_over_two_ranks_equals_one_process(ranks: Any) -> None:
     torch.manual_seed(0)
     model = sequel.nn.MLP(64, (12,), 6).double()
     alone = fisher_diagonal(model, [(x.double(), y) for x, y in batches()])
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for found in (rank["omega"] for rank in ranks):
         assert set(found) == set(alone)
         for name in alone:
             torch.testing.assert_close(found[name], alone[name], rtol=1e-12, atol=1e-15)
@@ -326,3 +332,109 @@ def test_gem_in_a_loop_of_its_own() -> None:
     g, G = torch.tensor(rng.standard_normal(30)), torch.tensor(rng.standard_normal((3, 30)))
     out = sequel.functional.gem_project(g, G, margin=0.0, ridge=0.0)
     assert float((G @ out).min()) > -1e-9
+
+
+def _agem_grads(rows: slice, *, parallel: bool) -> Any:
+    torch.manual_seed(0)
+    net = nn.Linear(5, 3).double()
+    x, y = torch.randn(16, 5).double(), torch.arange(16) % 3
+    old = (y + 1) % 3  # labels that contradict those of the batch
+    model: nn.Module = nn.parallel.DistributedDataParallel(net) if parallel else net
+    nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+    sequel.torch.AGEM(net).project_(lambda: nn.functional.cross_entropy(net(x[rows]), old[rows]))
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+def test_agem_over_two_ranks_equals_one_process(ranks: Any) -> None:
+    alone = _agem_grads(slice(None), parallel=False)
+    for rank in ranks:
+        for name, value in alone.items():
+            torch.testing.assert_close(rank["grads"][name], value, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_importances_of_16_bit_models_are_float32(dtype: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).to(dtype)
+    x, y = (1e-3 * torch.randn(40, 4)).to(dtype), torch.arange(40) % 3  # squares vanish in float16
+    ewc = sequel.torch.EWC(model, lam=3.0)
+    ewc.consolidate([(x, y)])
+    omega = ewc.omega.get()["weight"]
+    # The closed form in float64 from the same 16-bit weights: mean of (p - e_y)² x².
+    p = (x.double() @ model.weight.double().T + model.bias.double()).softmax(-1)
+    delta = p - nn.functional.one_hot(y, 3)
+    exact = (delta**2).T @ (x.double() ** 2) / 40
+    assert omega.dtype == torch.float32
+    assert (omega > 0).all()
+    torch.testing.assert_close(omega.double(), exact, rtol=0.02, atol=0)  # gradients have 8 bits
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ewc.penalty().backward()
+    wanted = model.weight.grad.clone()
+    model.zero_grad()
+    ewc.add_grad_()
+    assert model.weight.grad.dtype == dtype
+    torch.testing.assert_close(model.weight.grad, wanted)
+    ewc.prox_(0.1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize(
+    "algorithm", [sequel.EWC(lam=2.0), sequel.SI(lam=0.1), sequel.EWC(lam=2.0, apply="prox")]
+)
+def test_learners_of_16_bit_models_keep_float32_importances(backend: str, algorithm: Any) -> None:
+    x, y = np.random.default_rng(0).normal(size=(60, 4)), np.arange(60) % 4
+    scenario = sequel.scenarios.class_incremental((x, y, x, y), 2)
+    torch.manual_seed(0)
+    model: Any = sequel.nn.MLP(4, (6,), 4)
+    if backend == "jax":
+        jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
+        model = sequel.nn.to_jax(model)
+        params = jax.tree_util.tree_map(lambda p: p.astype("bfloat16"), model.params)
+        model = dataclasses.replace(model, params=params)
+        one = sequel.Learner(model, optax.sgd(0.05, momentum=0.9), algorithm, lr=0.05)
+    else:
+        model = model.bfloat16()
+        one = sequel.Learner(
+            model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), algorithm
+        )
+    one.fit(scenario, epochs=2)
+    for name in one.backend.params:
+        assert "bfloat16" in str(one.backend.params[name].dtype)
+        assert "float32" in str(one.backend.state["omega"][name].dtype)
+        assert float(one.backend.state["omega"][name].sum()) > 0
+    if backend == "jax":
+        assert one.backend.traces == 1
+
+
+def test_a_state_of_before_the_growth_is_loaded_after_it() -> None:
+    model = nn.Linear(4, 3).double()
+    ewc = sequel.torch.EWC(model, lam=2.0)
+    ewc.consolidate([(torch.randn(12, 4).double(), torch.arange(12) % 3)])
+    saved, omega = ewc.state_dict(), ewc.omega.get()["weight"]
+    old = model.weight.detach().clone()
+    model.weight = nn.Parameter(torch.cat([old + 1, torch.ones(2, 4).double()]))
+    model.bias = nn.Parameter(torch.cat([model.bias.detach(), torch.ones(2).double()]))
+    again = sequel.torch.EWC(model, lam=2.0)
+    again.load_state_dict(saved)
+    assert again.penalty().item() == pytest.approx(omega.sum().item(), rel=1e-12)
+    model.weight = nn.Parameter(torch.zeros(2, 4).double())
+    with pytest.raises(ValueError, match=r"weight has shape \(2, 4\), its importance \(5, 4\)"):
+        again.penalty()
+
+
+def test_the_gradient_is_added_in_place() -> None:
+    model = nn.Linear(4, 3)
+    ewc = sequel.torch.EWC(model)
+    model(torch.ones(2, 4)).sum().backward()
+    before = model.weight.grad
+    ewc.add_grad_()
+    assert model.weight.grad is before  # DDP's gradients are views of its buckets
+
+
+def test_loaders_and_models_that_fisher_cannot_use_are_named() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"must yield \(x, y\) batches, got dict"):
+        fisher_diagonal(model, [{"x": torch.ones(2, 2), "labels": torch.tensor([0, 1])}])
+    with pytest.raises(ValueError, match="no parameter that requires gradients"):
+        fisher_diagonal(model.requires_grad_(False), [(torch.ones(2, 2), torch.tensor([0, 1]))])

@@ -92,7 +92,10 @@ class Slots:
         if self.policy == "ring":
             assert self.n_classes is not None
             share = max(self.capacity // self.n_classes, 1)
-            return label * share + before % share if (label + 1) * share <= self.capacity else 10**9
+            if label >= self.n_classes:
+                raise ValueError(f"y must lie in [0, {self.n_classes}), got {label}")
+            inside = (label + 1) * share <= self.capacity
+            return label * share + before % share if inside else self.capacity
         free = np.flatnonzero(self.label < 0)
         if len(free):
             return int(free[0])
@@ -223,6 +226,8 @@ class ReplayBuffer:
         shape = (self.capacity, *like.shape[1:])
         if self.storage != "mmap":
             return torch.zeros(shape, dtype=like.dtype, device=self.device)
+        if like.dtype == torch.bfloat16:
+            raise ValueError(f"field {name!r} is bfloat16, which a NumPy memory map cannot hold")
         folder = Path(tempfile.mkdtemp(prefix="sequel-") if self.path is None else self.path)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder
@@ -252,12 +257,10 @@ class ReplayBuffer:
                     f"field {name!r} has shape {tuple(value.shape[1:])} and dtype {value.dtype}, the "
                     f"buffer holds {tuple(have.shape[1:])} and {have.dtype}"
                 )
-        if self.policy != "reservoir" and "y" not in rows and self.slots.n_classes is None:
-            if self.policy != "ring":
-                raise ValueError(f"policy {self.policy!r} needs the labels: add(..., y=...)")
-            labels = np.zeros(n, dtype=np.int64)
-        else:
-            labels = np.asarray(rows["y"].cpu()) if "y" in rows else np.zeros(n, dtype=np.int64)
+        by_class = self.slots.n_classes is not None or self.policy not in ("ring", "reservoir")
+        if self.policy != "reservoir" and by_class and "y" not in rows:
+            raise ValueError(f"policy {self.policy!r} needs the labels: add(..., y=...)")
+        labels = np.asarray(rows["y"].cpu()) if "y" in rows else np.zeros(n, dtype=np.int64)
         slots = self._herd(labels, features) if self.policy == "herding" else self.slots.add(labels)
         kept = torch.from_numpy(np.flatnonzero(slots < self.capacity))
         where = torch.from_numpy(slots)[kept].to(self.device)
@@ -314,6 +317,8 @@ class ReplayBuffer:
         for key, value in state.items():
             if key.startswith("fields."):
                 name = key[7:]
-                self.fields.setdefault(name, self._allocate(name, value)).copy_(value)
+                if name not in self.fields:
+                    self.fields[name] = self._allocate(name, value)
+                self.fields[name].copy_(value)
         self._rank = state["rank"].numpy().copy()
         self.draws = int(state["draws"])

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sequel import _check
+
 __all__ = ["main"]
 
 
@@ -67,10 +69,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seeds(text: str) -> list[int]:
-    if ":" in text:
-        low, _, high = text.partition(":")
-        return list(range(int(low or 0), int(high)))
-    return [int(part) for part in text.split(",")]
+    try:
+        if ":" in text:
+            low, _, high = text.partition(":")
+            found = list(range(int(low or 0), int(high)))
+        else:
+            found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found:
+        raise ValueError(f"--seeds must be like 0:5 or 0,3,4, got {text!r}")
+    return found
 
 
 def _pairs(items: Sequence[str]) -> dict[str, str]:
@@ -81,7 +90,7 @@ def _pairs(items: Sequence[str]) -> dict[str, str]:
 
 
 def _config(args: argparse.Namespace, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    from sequel.recipes import DEFAULTS, _value
+    from sequel.recipes import DEFAULTS
 
     config = {**DEFAULTS, **(base or {})}
     if args.config:
@@ -93,8 +102,15 @@ def _config(args: argparse.Namespace, base: dict[str, Any] | None = None) -> dic
     for name in ("scenario", "algo", "backend", "epochs", "tasks", "data_dir", "seed"):
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
-    config["params"] = dict(config["params"])
     given = _pairs(args.set) | ({"lam": args.lam} if args.lam is not None else {})
+    return _override(config, given)
+
+
+def _override(config: dict[str, Any], given: dict[str, str]) -> dict[str, Any]:
+    """Return the configuration with settings of the run, or parameters of the algorithm, replaced."""
+    from sequel.recipes import DEFAULTS, _value
+
+    config = {**config, "params": dict(config["params"])}
     for name, value in given.items():
         if name in DEFAULTS and name != "params":
             config[name] = _value(value)
@@ -265,14 +281,15 @@ def _dispatch(args: argparse.Namespace) -> int:
     seeds = _seeds(args.seeds) if args.seeds else [int(config["seed"])]
     jobs: list[tuple[Any, ...]] = []
     for values in itertools.product(*grid.values()):
-        args.set = [f"{k}={v}" for k, v in zip(grid, values, strict=True)]
-        one = _config(args, config)
-        label = ",".join(args.set)
+        point = dict(zip(grid, values, strict=True))
+        one = _override(config, point)
+        label = ",".join(f"{k}={v}" for k, v in point.items())
         for backend, seed in itertools.product(str(one["backend"]).split(","), seeds):
             folder = (
                 Path(args.out) / f"{one['scenario']}-{one['algo']}-{label}-{backend}-seed{seed}"
             )
             jobs.append(({**one, "backend": backend, "seed": seed}, str(folder), args.quiet))
+    _check.count("--jobs", args.jobs)
     _show(_pool(jobs, args.jobs), args.json)
     return 0
 
@@ -291,6 +308,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _dispatch(args)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
         print(f"sequel: {error}", file=sys.stderr)
         return 2

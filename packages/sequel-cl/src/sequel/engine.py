@@ -166,7 +166,7 @@ class Tools:
             self._compiled[key] = self._make_sums(kind, temperature)
         sums, leaf = self._compiled[key], next(iter(params.values()))
         u = stream(self.info.seed, "fisher-labels", self.task).random(len(data))
-        total = ops.zeros_like(ops.copy(params))
+        total = ops.wide(ops.zeros_like(ops.copy(params)))
         count = 0
         for at in range(0, len(data), chunk):
             part = data[np.arange(at, min(at + chunk, len(data)))]
@@ -181,6 +181,11 @@ class Tools:
             found = sums(params, x, y, t, w_, u_)
             total = ops.map(lambda a, b: a + b, total, found)
             count += 1 if per_batch else n
+        if not all(bool(ops.isfinite(leaf).all()) for leaf in total.values()):
+            raise FloatingPointError(
+                f"the importances of task {self.task} are not finite: its inputs or the parameters hold "
+                "NaN, or the gradients overflow"
+            )
         return ops.map(lambda a: a / count, total)
 
     def features(self, params: Tree, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +41,10 @@ def chunk_sums(
         return (model.forward(params, x[None], False) ** 2).sum()
 
     def weighted(each: Tree, w: Array, fn: Callable[[Array], Array]) -> Tree:
-        return ops.map(lambda g: (w @ fn(g).reshape(len(w), -1)).reshape(g.shape[1:]), each)
+        def total(g: Array) -> Array:
+            return (ops.cast(w, g) @ fn(g).reshape(len(w), -1)).reshape(g.shape[1:])
+
+        return ops.map(total, ops.wide(each))
 
     def sums(params: Tree, x: Array, y: Array, t: Array, w: Array, u: Array) -> Tree:
         if kind == "output":
@@ -50,20 +54,20 @@ def chunk_sums(
             def mean_energy(p: Tree) -> Array:
                 return (w * (model.forward(p, x, False) ** 2).sum(-1)).sum() / w.sum()
 
-            return ops.map(ops.abs, ops.grad(mean_energy, params))
+            return ops.map(ops.abs, ops.wide(ops.grad(mean_energy, params)))
         if kind == "batch":
 
             def mean_nll(p: Tree) -> Array:
                 return -(w * ops.pick(ops.log_softmax(scores(p, x, t)), y)).sum() / w.sum()
 
-            return ops.map(lambda g: g * g, ops.grad(mean_nll, params))
+            return ops.map(lambda g: g * g, ops.wide(ops.grad(mean_nll, params)))
         if kind == "empirical":
             return weighted(ops.per_sample_grad(nll, params, x, y, t), w, lambda g: g * g)
         p = ops.stop_gradient(ops.exp(ops.log_softmax(scores(params, x, t))))
         if kind == "mc":
             drawn = sample_labels(ops, p, u)
             return weighted(ops.per_sample_grad(nll, params, x, drawn, t), w, lambda g: g * g)
-        total = ops.zeros_like(params)
+        total = ops.wide(ops.zeros_like(params))
         for c in range(p.shape[-1]):
             each = ops.per_sample_grad(nll, params, x, y * 0 + c, t)
             part = weighted(each, w * p[:, c], lambda g: g * g)
@@ -143,6 +147,7 @@ class Layers:
         for name, (owner, key) in self.owner.items():
             if owner is not layer:
                 continue
+            v = v.to(torch.promote_types(v.dtype, torch.float32))
             a, delta = a.to(v.dtype), delta.to(v.dtype)  # autocast
             if isinstance(layer, nn.Linear):
                 d, rows = _power(delta, power), _power(a, power)
@@ -160,7 +165,7 @@ def _power(x: Tensor, power: int) -> Tensor:
 
 def _conv(layer: nn.Module, a: Tensor, delta: Tensor, v: Tensor, power: int) -> Tensor:
     assert isinstance(layer, nn.Conv2d)
-    total = torch.zeros_like(layer.weight).reshape(len(layer.weight), -1)
+    total = torch.zeros_like(layer.weight, dtype=v.dtype).reshape(len(layer.weight), -1)
     options: dict[str, Any] = {
         "dilation": layer.dilation,
         "padding": layer.padding,
@@ -245,7 +250,7 @@ def fisher_diagonal(
         closed_form: False always takes per-sample gradients.
 
     Returns:
-        {name: (1/N) Σ_n g_n²}, in the parameters' dtype. The model's mode, gradients and running statistics
+        {name: (1/N) Σ_n g_n²}, in the parameters' dtype, at least float32. The model's mode, gradients and running statistics
         stay as they are. With torch.distributed initialised the sum runs over all ranks.
 
     Raises:
@@ -258,6 +263,8 @@ def fisher_diagonal(
     _check.above("temperature", temperature, 0.0)
     _check.one_of("accumulate", accumulate, ("plain", "kahan"))
     first = next(model.parameters())
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("the model has no parameter that requires gradients")
     ops = TorchOps(first.device)
     wrapped = TorchModel(model, ops, forward=forward)
     tree: Tree = {name: p for name, p in wrapped.live.items() if params is None or params(name, p)}
@@ -269,12 +276,17 @@ def fisher_diagonal(
     sums = Sums(ops, wrapped, kind, temperature, lambda logits, t: logits, layers)
     total = Total(ops, tree, accumulate == "kahan")
     count = 0.0
-    for number, (x, y, *_) in enumerate(loader):
+    for number, batch in enumerate(loader):
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise TypeError(
+                f"loader must yield (x, y) batches, got {type(batch).__name__}; a generator can unpack it"
+            )
+        x, y = batch[:2]
         size = len(y) if kind in ("batch", "output_batch") else chunk
         for at in range(0, len(y), max(size, 1)):
             part, labels = x[at : at + size].to(first.device), y[at : at + size].to(first.device)
             n = len(labels)
-            u = stream(seed, "fisher", number, at).random(n)
+            u = stream(seed, "fisher", number, at).random(n) if kind == "mc" else np.zeros(n)
             ones = torch.ones(n, dtype=first.dtype, device=first.device)
             zeros = torch.zeros(n, dtype=torch.int64, device=first.device)
             total.add(sums(tree, part, labels, zeros, ones, ops.asarray(u, first)))
@@ -295,7 +307,7 @@ class Total:
 
     def __init__(self, ops: Ops, like: Tree, kahan: bool = False) -> None:
         self.ops, self.kahan = ops, kahan
-        self.tree = ops.zeros_like(ops.copy(like))
+        self.tree = ops.wide(ops.zeros_like(ops.copy(like)))
         self.rest = ops.zeros_like(self.tree) if kahan else {}
 
     def add(self, part: Tree) -> None:
@@ -331,7 +343,7 @@ class Sums:
             return self.exact(params, x, y, t, w, u) if len(y) else self.ops.zeros_like(params)
         if not self.checked:
             self.checked = True
-            few = tuple(part[:4] for part in (x, y, t, w, u))
+            few = tuple(part[:2] for part in (x, y, t, w, u))  # two show a use across samples
             fast, exact = self._closed(*few), self.exact(params, *few)
             self.layers.possible = fast is not None and _agree(fast, exact)
         found = self._closed(x, y, t, w, u) if self.layers.possible else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -11,11 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sequel import _check, checkpoint, resume
+from sequel import _check, checkpoint, online, resume
 from sequel.algorithms.base import Algorithm, Info, cross_entropy
 from sequel.buffer import Slots
 from sequel.callbacks import INNER, Callback
 from sequel.engine import Tools, plan_step
+from sequel.evaluation import Evaluation
 from sequel.result import Result
 from sequel.rng import stream
 from sequel.scenarios import Data, Scenario, Task
@@ -23,7 +25,7 @@ from sequel.scenarios import Data, Scenario, Task
 __all__ = ["Learner"]
 
 
-class Learner:
+class Learner(Evaluation):
     """Train a model on a stream of tasks with an algorithm.
 
     Args:
@@ -94,10 +96,8 @@ class Learner:
             _check.above("grad_clip", grad_clip, 0.0)
         if not isinstance(algorithm, Algorithm):
             raise TypeError(f"algorithm must be a sequel Algorithm, got {type(algorithm).__name__}")
-        if getattr(model, "_sequel_penalty", False):
-            raise RuntimeError(
-                "the model already carries a penalty of sequel.torch: a Learner would apply a second"
-            )
+        self._model = model
+        self._check_penalty()
         self.algorithm, self.seed, self.nan = algorithm, seed, nan
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.grad_clip, self.lr_decay, self.min_lr = grad_clip, lr_decay, min_lr
@@ -119,9 +119,17 @@ class Learner:
             if needs_lr and lr is None:
                 raise ValueError("lr must be given with JAX where lr_decay or apply='prox' is used")
             self.backend = JaxBackend(model, optimizer, lr=lr, scan_steps=scan_steps)
-        self.scenario: Scenario | None = None
+        self.scenario = None
+        self._given: Any = None
+        self.tools: Any = None
         self.position = {"task": 0, "epoch": 0, "step": 0}
         self.global_step = 0
+
+    def _check_penalty(self) -> None:
+        if getattr(self._model, "_sequel_penalty", False):
+            raise RuntimeError(
+                "the model already carries a penalty of sequel.torch: a Learner would apply a second"
+            )
 
     def emit(self, hook: str, **info: Any) -> None:
         """Call a hook of every callback."""
@@ -131,10 +139,11 @@ class Learner:
     def setup(self, scenario: Scenario | Iterable[Task]) -> None:
         """Bind the learner to a scenario; ``fit`` does it by itself."""
         if self.scenario is not None:
-            if scenario is self.scenario:
+            if scenario is self.scenario or scenario is self._given:
                 return
             raise RuntimeError("this learner is bound to another scenario: make a new Learner")
-        scenario = Scenario.of(scenario)
+        self._check_penalty()
+        self._given, scenario = scenario, Scenario.of(scenario)
         self.emit("on_before_setup")
         first, backend, algorithm = scenario[0].train, self.backend, self.algorithm
         if "features" in algorithm.needs and not backend.model.has_encoder():
@@ -162,6 +171,7 @@ class Learner:
         self.pad = max(algorithm.training_sizes(sizes))
         if backend.name == "jax":
             backend.scan_steps = min(backend.scan_steps, -(-self.pad // self.batch_size))
+            backend.scan_steps = 1 if self.nan == "skip" else backend.scan_steps
         backend.bind(
             algorithm,
             self.info,
@@ -170,6 +180,11 @@ class Learner:
             grad_clip=self.grad_clip,
             nan=self.nan,
         )
+        outputs = backend.n_outputs(first.x[:1])
+        if outputs < scenario.n_classes and self.pointwise is cross_entropy:
+            raise ValueError(
+                f"the model has {outputs} outputs, the scenario {scenario.n_classes} classes"
+            )
         spec = algorithm.memory_spec(self.info)
         self.spec, self.slots = spec, None
         if spec is not None:
@@ -196,7 +211,7 @@ class Learner:
         self.losses: list[float] = []
         self.anytime: list[tuple[int, int, list[float]]] = []
         self._fingerprint = ""
-        self._tests: Data | None = None
+        self._tests = None
         self.emit("on_after_setup")
 
     @property
@@ -226,20 +241,23 @@ class Learner:
         self.setup(scenario)
         assert self.scenario is not None
         n = len(self.scenario)
-        counts = [epochs] * n if isinstance(epochs, int) else list(epochs)
+        counts = list(epochs) if isinstance(epochs, Sequence) else [operator.index(epochs)] * n
         if len(counts) != n or min(counts, default=0) < 0:
             raise ValueError(f"epochs must be an integer >= 0, or {n} of them, got {epochs!r}")
-        rng = torch.get_rng_state()
+        rng, failed = torch.get_rng_state(), True
         self.emit("on_before_fit")
-        if np.isnan(self.initial).any():
-            self.initial = self.evaluate()
-        while self.position["task"] < (n if stop_after is None else min(stop_after, n)):
-            task = self.position["task"]
-            self.fit_task(task, counts[task])
-        self.emit("on_after_fit")
-        self.emit("on_before_teardown")
-        self.emit("on_after_teardown")
-        torch.set_rng_state(rng)
+        try:
+            if np.isnan(self.initial).any():
+                self.initial = self.evaluate()
+            while self.position["task"] < (n if stop_after is None else min(stop_after, n)):
+                task = self.position["task"]
+                self.fit_task(task, counts[task])
+            self.emit("on_after_fit")
+            failed = False
+        finally:
+            self.emit("on_before_teardown", failed=failed)
+            self.emit("on_after_teardown", failed=failed)
+            torch.set_rng_state(rng)
         return self.result()
 
     def result(self) -> Result:
@@ -263,28 +281,44 @@ class Learner:
         """Train on one task of the bound scenario and evaluate on all; returns the accuracies."""
         if self.scenario is None:
             raise RuntimeError("call setup(scenario) before fit_task")
-        task, backend = self.scenario[number], self.backend
+        backend = self.backend
         fresh = self.position["task"] != number or (
             self.position["epoch"] == 0 and self.position["step"] == 0
         )
-        self.tools.task = number
-        backend.start_task(self._scale(number), fresh and self.reset_optimizer and number > 0)
-        self.tools.lr = backend.lr
-        if fresh:
-            self.position = {"task": number, "epoch": 0, "step": 0}
-            backend.hook("on_task_start", number, self.tools)
-        self.emit("on_before_training_task", task=number, name=task.name)
+        self.start_task(number, fresh)
+        self.emit("on_before_training_task", task=number, name=self.scenario[number].name)
         data = self.algorithm.training_data(self.scenario, number, self.tools, backend.state)
         backend.load(data, self.pad)
         for epoch in range(self.position["epoch"], epochs):
             self._epoch(data, number, epoch, epochs)
+        return self.end_task()
+
+    def start_task(self, number: int, fresh: bool = True) -> None:
+        """Set the learning rate of a task; where it is ``fresh``, also reset the optimizer."""
+        reset = fresh and self.reset_optimizer and number > 0
+        self.tools.task = number
+        self.backend.start_task(self._scale(number), reset)
+        self.tools.lr = self.backend.lr
+        if fresh:
+            self.position = {"task": number, "epoch": 0, "step": 0}
+            self.backend.hook("on_task_start", number, self.tools)
+
+    def end_task(self) -> NDArray[np.float64]:
+        """Consolidate the task in progress and evaluate on all; returns the accuracies.
+
+        :meth:`fit` does it by itself. After :meth:`observe` it ends a task: Fisher information, importances and
+        memories are made from the scenario's data of that task.
+        """
+        if self.scenario is None:
+            raise RuntimeError("call setup(scenario) before end_task")
+        number = self.position["task"]
         self.emit("on_consolidate", task=number)
-        backend.hook("on_task_end", number, self.tools)
+        self.backend.hook("on_task_end", number, self.tools)
         self.emit("on_before_validating_algorithm_on_all_tasks", task=number)
         row = self.evaluate()
         self.emit("on_after_validating_algorithm_on_all_tasks", task=number, row=row.tolist())
         self.matrix[number] = row
-        task.forget()
+        self.scenario[number].forget()
         self.position = {"task": number + 1, "epoch": 0, "step": 0}
         self.emit("on_after_training_task", task=number, row=row.tolist())
         return row
@@ -302,10 +336,10 @@ class Learner:
         at = self.position["step"]
         while at < steps:
             block = self._block(steps - at)
-            plans = []
-            for step in range(at, at + block):
-                index = order[step * size : (step + 1) * size]
-                plans.append(self._plan(data, index, (number, epoch, step), keys[step]))
+            parts = [
+                (data, order[step * size : (step + 1) * size], (number, epoch, step), keys[step])
+                for step in range(at, at + block)
+            ]
             for step in range(at, at + block):
                 self.emit("on_before_training_step", **info, step=step)
                 if self._inner():
@@ -313,16 +347,13 @@ class Learner:
             emit = None
             if self._inner():
                 emit = lambda hook, step=at: self.emit(f"on_{hook}", **info, step=step)
-            losses = self.backend.run(plans, number, emit)
+            losses = self.take(parts, number, emit)
             for offset, loss in enumerate(losses.tolist()):
-                self.losses.append(loss)
-                self.global_step += 1
                 step = at + offset
                 self.position = {"task": number, "epoch": epoch, "step": step + 1}
                 if step + 1 == steps:
                     self.position = {"task": number, "epoch": epoch + 1, "step": 0}
-                if not np.isfinite(loss):
-                    self._not_finite(loss, number, epoch, step)
+                self.record(loss, (number, epoch, step))
                 last = offset == block - 1
                 self.emit("on_after_training_step", **info, step=step, loss=loss, last=last)
             at += block
@@ -338,6 +369,7 @@ class Learner:
         """Return the number of steps until something must happen on the host."""
         jax = self.backend.name == "jax"
         limit = self.backend.scan_steps if jax else (1 if self._inner() else 64)
+        limit = 1 if self.nan == "skip" else limit
         every = [c.every_steps for c in self.callbacks if getattr(c, "every_steps", None)]
         for n in [*every, self.eval_every]:
             if n:
@@ -353,80 +385,35 @@ class Learner:
     ) -> dict[str, NDArray[Any]]:
         return plan_step(self.algorithm, self.info, self.spec, self.slots, data, index, at, key)
 
-    def _not_finite(self, loss: float, task: int, epoch: int, step: int) -> None:
-        text = f"the loss is {loss} in task {task}, epoch {epoch}, step {step}"
-        if self.nan == "raise":
-            raise FloatingPointError(f"{text}; lower the learning rate, or pass nan='skip'")
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    def take(self, parts: list[tuple[Any, ...]], number: int, emit: Any = None) -> NDArray[Any]:
+        """Plan steps (data, rows, position, key) and take them; returns the losses, NaN where skipped."""
+        skip = self.slots is not None and self.nan == "skip"
+        before = self.slots.state_dict() if skip and self.slots else {}
+        losses: NDArray[Any] = self.backend.run([self._plan(*p) for p in parts], number, emit)
+        if skip and self.slots and not np.isfinite(losses).all():
+            self.slots.load_state_dict(before)  # what was not stored is not drawn
+        return losses
+
+    def record(self, loss: float, at: tuple[int, int, int]) -> float:
+        """Note a step's loss; FloatingPointError, or a warning, where it is not finite."""
+        self.losses.append(loss)
+        self.global_step += 1
+        if not np.isfinite(loss):
+            task, epoch, step = at
+            text = f"the loss is {loss} in task {task}, epoch {epoch}, step {step}"
+            if self.nan == "raise":
+                raise FloatingPointError(f"{text}; lower the learning rate, or pass nan='skip'")
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return loss
 
     def observe(self, x: Any, y: Any, task: int | None = None) -> float:
         """Take one step on a batch of at most ``batch_size`` samples (online learning); returns the loss.
 
-        Needs ``setup(scenario)``, which says how many tasks and classes there will be. ``task`` must be given
-        in task-incremental scenarios; a new number starts the task.
+        Needs ``setup(scenario)``, which says how many tasks and classes there will be and holds the data on
+        which a task is consolidated. ``task`` must be given in task-incremental scenarios. A larger number ends
+        the task in progress (see :meth:`end_task`) and starts the new one.
         """
-        if self.scenario is None:
-            raise RuntimeError("call setup(scenario) before observe")
-        if task is None and self.scenario.kind == "task":
-            raise ValueError("task must be given: the scenario is task-incremental")
-        number = self.position["task"] if task is None else task
-        x, y = np.asarray(x), np.asarray(y)
-        if len(y) > self.batch_size:
-            raise ValueError(f"observe takes at most batch_size={self.batch_size}, got {len(y)}")
-        first = number != self.position["task"] or self.position["step"] == 0
-        self.tools.task = number
-        if first:
-            self.backend.start_task(self._scale(number), self.reset_optimizer and number > 0)
-            self.backend.hook("on_task_start", number, self.tools)
-            self.position = {"task": number, "epoch": 0, "step": 0}
-        data = Data(x, y, np.full(len(y), number, dtype=np.int64))
-        step = self.position["step"]
-        key = stream(self.seed, "noise", number, 0, step).integers(2**32, size=2, dtype=np.uint32)
-        plan = self._plan(data, np.arange(len(y)), (number, 0, step), key)
-        self.backend.load(data, self.batch_size)
-        loss = float(self.backend.run([plan], number)[0])
-        self.position["step"] += 1
-        self.global_step += 1
-        if not np.isfinite(loss):
-            self._not_finite(loss, number, 0, step)
-        return loss
-
-    def evaluate(self, scenario: Scenario | None = None) -> NDArray[np.float64]:
-        """Return the accuracy on the test set of every task."""
-        other = scenario is not None and scenario is not self.scenario
-        if other or self._tests is None:
-            parts = [task.test for task in (scenario if other else self.scenario) or ()]
-            owner = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
-            tests = Data.concat(parts)
-            if not other:
-                self._tests, self._owner = tests, owner
-        else:
-            tests, owner = self._tests, self._owner
-        self.emit("on_before_val_epoch")
-        if "task_wise" in self.algorithm.needs:
-            scores = np.concatenate(
-                [self._scores(tests[owner == j]) for j in range(int(owner.max()) + 1)]
-            )
-        else:
-            scores = self._scores(tests)
-        right = scores.argmax(1) == tests.y
-        hits = np.bincount(owner, weights=right)
-        self.emit("on_after_val_epoch")
-        out: NDArray[np.float64] = hits / np.bincount(owner)
-        return out
-
-    def _scores(self, data: Data) -> NDArray[Any]:
-        out: NDArray[Any] = self.backend.scores(data.x, data.t, self.eval_batch_size)
-        return out
-
-    def predict(self, x: Any, task: int | None = None) -> NDArray[Any]:
-        """Return class scores (N, C); ``task`` selects the mask and must be given in task-incremental runs."""
-        if self.scenario is None:
-            raise RuntimeError("call setup(scenario) before predict")
-        if task is None and (self.scenario.kind == "task" or "task_wise" in self.algorithm.needs):
-            raise ValueError("task must be given: predictions depend on it here")
-        zeros = np.zeros(len(x), dtype=np.int64)
-        return self._scores(Data(np.asarray(x), zeros, zeros + (task or 0)))
+        return online.observe(self, x, y, task)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (tree of arrays, JSON-able header): all that a run needs to go on bit by bit."""

@@ -31,8 +31,8 @@ __all__ = [
 
 def _matrix(R: Any) -> NDArray[np.float64]:
     out = np.asarray(R.detach().cpu() if hasattr(R, "detach") else R, dtype=np.float64)
-    if out.ndim != 2 or out.shape[0] != out.shape[1]:
-        raise ValueError(f"R must be a square matrix, got shape {out.shape}")
+    if out.ndim != 2 or out.shape[0] != out.shape[1] or not len(out):
+        raise ValueError(f"R must be a square matrix of at least one task, got shape {out.shape}")
     return out
 
 
@@ -63,6 +63,8 @@ def fwt(R: Any, before: Any) -> float:
     """
     R = _matrix(R)
     start = np.asarray(before, dtype=np.float64)
+    if start.shape != (len(R),):
+        raise ValueError(f"before must hold {len(R)} accuracies, got shape {start.shape}")
     return float((np.diag(R, 1) - start[1:]).mean()) if len(R) > 1 else 0.0
 
 
@@ -150,6 +152,8 @@ def confidence(values: Any, *, level: float = 0.95, seed: int = 0) -> dict[str, 
     1.0
     """
     x = np.asarray(values, dtype=np.float64)
+    if not len(x):
+        raise ValueError("values must hold at least one number")
     draws = stream(seed, "bootstrap").integers(len(x), size=(2000, len(x)))
     low, high = np.quantile(x[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
     std = float(x.std(ddof=1)) if len(x) > 1 else 0.0

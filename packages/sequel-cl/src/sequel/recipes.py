@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sequel import _check, nn, scenarios
 from sequel import data as datasets
-from sequel import nn, scenarios
 from sequel.algorithms import ALGORITHMS, Algorithm
 from sequel.callbacks import Callback, Checkpoint
 from sequel.learner import Learner
@@ -144,6 +144,7 @@ def make_learner(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.MLP(inputs, hidden, scenario.n_classes, dropout=dropout)
+    _check.one_of("backend", config["backend"], ("torch", "jax"))
     if config["backend"] == "torch":
         optimizer = torch.optim.SGD(model.parameters(), lr, momentum=momentum)
         return Learner(model, optimizer, algorithm, **options)
@@ -151,6 +152,23 @@ def make_learner(
 
     tx = optax.sgd(lr, momentum=momentum or None)
     return Learner(nn.to_jax(model), tx, algorithm, lr=lr, **options)
+
+
+def _claim(folder: Path, echo: dict[str, Any]) -> None:
+    """Leave ``run.json``; ValueError where the folder is that of a run with other settings."""
+    path = folder / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        differ = {k for k in before.keys() | echo.keys() if before.get(k) != echo.get(k)}
+        if differ := differ - {"data_dir", "every_steps"}:
+            pairs = "; ".join(
+                f"{k}: {before.get(k)!r} there, {echo.get(k)!r} here" for k in sorted(differ)
+            )
+            raise ValueError(
+                f"{folder} holds a run with other settings ({pairs}): give another --out, or remove it"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(echo, indent=1) + "\n")
 
 
 def run(
@@ -166,9 +184,8 @@ def run(
     extra: tuple[Any, ...] = tuple(callbacks)
     if out is not None:
         folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
         algorithm = make_algorithm(config["algo"], config["params"])
         echo = {**config, "params": asdict(algorithm)}  # type: ignore[call-overload]
-        (folder / "run.json").write_text(json.dumps(echo, indent=1) + "\n")
+        _claim(folder, json.loads(json.dumps(echo)))
         extra = (CSVLogger(folder), Checkpoint(folder, every_steps=config["every_steps"]), *extra)
     return make_learner(config, scenario, extra).fit(scenario, int(config["epochs"]))

@@ -139,7 +139,8 @@ class Algorithm:
     """Base of all algorithms, and itself fine-tuning without any. Subclass as a frozen dataclass.
 
     ``needs`` says what the trainer prepares: ``"old_params"`` (the parameters before the step, for
-    :meth:`after_step`), ``"features"`` (a model with an encoder) and
+    :meth:`after_step`), ``"task_grads"`` (the loss's own gradients there, which a penalty may not be
+    added to in place), ``"features"`` (a model with an encoder) and
     ``"task_wise"`` (a batch in evaluation holds one task only).
     """
 
@@ -249,7 +250,7 @@ class Algorithm:
 
 def cross_entropy(ops: Ops, logits: Array, y: Array) -> Array:
     """Return the cross-entropy of every sample."""
-    return -ops.pick(ops.log_softmax(logits), y)
+    return ops.nll(logits, y)
 
 
 def check_lam(lam: float) -> None:

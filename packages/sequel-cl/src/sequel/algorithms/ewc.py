@@ -59,7 +59,7 @@ class EWC(Quadratic):
         fisher = tools.fisher(
             params, self.fisher, n_samples=self.n_samples, temperature=self.temperature
         )
-        anchor = ops.copy(params)
+        anchor = ops.wide(ops.copy(params))
         if self.mode == "separate":
             state = merge(ops, state, fisher, anchor)
         else:

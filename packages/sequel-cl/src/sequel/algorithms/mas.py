@@ -47,6 +47,6 @@ class MAS(Quadratic):
         found = tools.fisher(params, "output" if self.per_sample else "output_batch")
         keep, add = (1.0, 1.0) if self.accumulate == "sum" else (self.alpha, 1 - self.alpha)
         omega = ops.map(lambda o, i: keep * o + add * i, state["omega"], found)
-        state = {**state, "omega": omega, "anchor": ops.copy(params)}
+        state = {**state, "omega": omega, "anchor": ops.wide(ops.copy(params))}
         self.warn_if_unstable(ops, tools, state)
         return params, state

@@ -56,7 +56,8 @@ class Quadratic(Algorithm):
         _check.one_of("apply", self.apply, ("grad", "prox"))
 
     def init(self, ops: Ops, params: Tree, info: Info) -> State:
-        return {"omega": ops.zeros_like(params), "anchor": ops.copy(params)}
+        zeros = ops.wide(ops.zeros_like(params))
+        return {"omega": zeros, "anchor": ops.wide(ops.copy(params))}
 
     def penalty(self, params: Tree, state: State) -> Any:
         """Return the value of the penalty."""
@@ -65,7 +66,10 @@ class Quadratic(Algorithm):
     def grads(self, ops: Ops, grads: Tree, params: Tree, ctx: Context, state: State) -> Tree:
         if self.apply == "prox" or self.lam == 0 or ctx.past == 0:
             return grads
-        return ops.addcmul(grads, state["omega"], ops.sub(params, state["anchor"]), self.lam)
+        away = ops.sub(params, state["anchor"])
+        if "task_grads" in self.needs:
+            return ops.addcmul(grads, state["omega"], away, self.lam)
+        return ops.accumulate(grads, state["omega"], away, self.lam)
 
     def after_step(
         self, ops: Ops, old: Tree, new: Tree, grads: Tree, ctx: Context, state: State
@@ -74,7 +78,7 @@ class Quadratic(Algorithm):
             return new, state
         step = ctx.lr * self.lam
         moved = ops.map(
-            lambda p, w, a: prox_step(p, w, a, step),
+            lambda p, w, a: ops.cast(prox_step(p, w, a, step), p),
             ops.stop_gradient(new),
             state["omega"],
             state["anchor"],

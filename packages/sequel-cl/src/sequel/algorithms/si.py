@@ -36,7 +36,7 @@ class SI(Quadratic):
     xi: float = 0.1
     grad_source: str = "task"
     clip_omega: float | None = None
-    needs = frozenset({"old_params"})
+    needs = frozenset({"old_params", "task_grads"})
 
     def check(self) -> None:
         super().check()
@@ -46,14 +46,14 @@ class SI(Quadratic):
             _check.above("clip_omega", self.clip_omega, 0.0)
 
     def init(self, ops: Ops, params: Tree, info: Info) -> State:
-        return {**super().init(ops, params, info), "path": ops.zeros_like(params)}
+        return {**super().init(ops, params, info), "path": ops.wide(ops.zeros_like(params))}
 
     def after_step(
         self, ops: Ops, old: Tree, new: Tree, grads: Tree, ctx: Context, state: State
     ) -> tuple[Tree, State]:
         new, state = super().after_step(ops, old, new, grads, ctx, state)
         g = grads if self.grad_source == "task" else ctx.total_grads
-        path = ops.accumulate(state["path"], g, ops.sub(new, old), -1.0)
+        path = ops.accumulate(state["path"], g, ops.sub_from(old, new), 1.0)
         return new, {**state, "path": path}
 
     def on_task_end(
@@ -63,8 +63,8 @@ class SI(Quadratic):
             total = omega + ops.relu(path) / ((p - anchor) ** 2 + self.xi)
             return total if self.clip_omega is None else ops.clip(total, None, self.clip_omega)
 
-        params_now = ops.copy(params)
+        params_now = ops.wide(ops.copy(params))
         omega = ops.map(grown, state["omega"], state["path"], params_now, state["anchor"])
-        state = {"omega": omega, "anchor": params_now, "path": ops.zeros_like(params_now)}
+        state = {"omega": omega, "anchor": params_now, "path": ops.zeros_like(omega)}
         self.warn_if_unstable(ops, tools, state)
         return params, state

@@ -157,6 +157,12 @@ class JaxBackend:
         """Return the width of the encoder's output."""
         return int(self.model.features(self.params, jnp.asarray(x), False).shape[1])
 
+    def n_outputs(self, x: np.ndarray[Any, Any]) -> int:
+        """Return the width of the model's output."""
+        self._evaluation_cell()
+        found = jax.eval_shape(lambda p, v: self.model.forward(p, v, False), self.params, x)
+        return int(found.shape[-1])
+
     def bind(self, algorithm: Algorithm, info: Info, **context: Any) -> None:
         """Prepare a run."""
         self.algorithm, self.info = algorithm, info
@@ -233,6 +239,7 @@ class JaxBackend:
             finite = jnp.stack([jnp.isfinite(p).all() for p in params_.values()]).all()
             finite = finite & jnp.isfinite(value)
             new = jax.tree_util.tree_map(lambda a, b: jnp.where(finite, a, b), new, carry)
+            value = jnp.where(finite, value, jnp.nan)
         return new, value.astype(self.model.dtype)
 
     # ------------------------------------------------------------------ tasks

@@ -145,6 +145,10 @@ def logits_of(out: Any) -> Tensor:
     return found
 
 
+class SkippedStep(Exception):
+    """The gradients of a step are not finite and ``nan="skip"``: nothing has changed yet."""
+
+
 class TorchBackend:
     """Parameters, optimizer and algorithm state of one run under PyTorch."""
 
@@ -189,6 +193,11 @@ class TorchBackend:
         """Return the width of the encoder's output."""
         with torch.no_grad():
             return self.model.features(self.params, self.ops.asarray(x), False).shape[1]
+
+    def n_outputs(self, x: np.ndarray[Any, Any]) -> int:
+        """Return the width of the model's output."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return self.model.forward(self.params, self.ops.asarray(x), False).shape[-1]
 
     def bind(self, algorithm: Algorithm, info: Info, **context: Any) -> None:
         """Prepare a run."""
@@ -254,6 +263,15 @@ class TorchBackend:
                 for key, value in plan.items()
                 if key != "key" and len(value)
             }
+            values.append(self._step(arrays, task, emit).detach())
+        return torch.stack(values).double().cpu().numpy()
+
+    def _step(
+        self, arrays: dict[str, Tensor], task: int, emit: Callable[[str], None] | None
+    ) -> Tensor:
+        skip = self.nan == "skip"
+        buffers = [(b, b.clone()) for b in self.model.module.buffers()] if skip else []
+        try:
             _, self.state, value = one_step(
                 self.algorithm,
                 self.ops,
@@ -270,8 +288,12 @@ class TorchBackend:
                 assign=self._assign,
                 **self.context,
             )
-            values.append(value.detach())
-        return torch.stack(values).double().cpu().numpy()
+        except SkippedStep:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            return torch.tensor(float("nan"), device=self.ops.device)
+        out: Tensor = value
+        return out
 
     def _seed(self, seed: int) -> None:
         # Not torch.manual_seed: before CUDA is initialised that formats a stack trace each time.
@@ -288,17 +310,18 @@ class TorchBackend:
         if emit is not None:
             emit("after_backward")
             emit("before_optimizer_step")
-        if (
-            self.nan == "raise"
-            or all(bool(torch.isfinite(g).all()) for g in grads.values())
-            or self.nan == "warn"
-        ):
-            self.optimizer.step()
+        self._skip_unless_finite(grads)
+        self.optimizer.step()
         if emit is not None:
             emit("after_optimizer_step")
         return params
 
+    def _skip_unless_finite(self, tree: Tree) -> None:
+        if self.nan == "skip" and not all(bool(leaf.isfinite().all()) for leaf in tree.values()):
+            raise SkippedStep
+
     def _assign(self, params: Tree) -> Tree:
+        self._skip_unless_finite(params)
         self.set_params(params)
         return self.model.live
 
@@ -330,8 +353,7 @@ class TorchBackend:
         for i, p in enumerate(order):
             for key, value in self.optimizer.state.get(p, {}).items():
                 if value is not None:
-                    host = torch.as_tensor(value).detach().cpu().numpy()
-                    moments[f"{i}/{key}"] = host
+                    moments[f"{i}/{key}"] = _host(torch.as_tensor(value))
         buffers = {k: _host(v) for k, v in self.model.module.named_buffers()}
         return {
             "params": {k: _host(v) for k, v in self.params.items()},
@@ -353,6 +375,8 @@ class TorchBackend:
             number, _, field = key.partition("/")
             p = order[int(number)]
             tensor = torch.from_numpy(np.array(value))
+            if tensor.dtype == torch.int16 and p.dtype == torch.bfloat16:
+                tensor = tensor.view(torch.bfloat16)
             self.optimizer.state[p][field] = tensor if field == "step" else tensor.to(p.device)
         self.state = _tree_device(self.state, tree.get("algo", {}))
 

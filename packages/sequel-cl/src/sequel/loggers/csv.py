@@ -54,7 +54,9 @@ class CSVLogger(Logger):
         self._lines.flush()
 
     def on_after_teardown(self, learner: Learner, **info: Any) -> None:
-        """Close the files and write ``result.json``."""
+        """Close the files and, where the run has not failed, write ``result.json``."""
         self._rows.close()
         self._lines.close()
+        if info.get("failed") or learner.position["task"] == 0:
+            return
         learner.result().to_json(self.folder / "result.json")

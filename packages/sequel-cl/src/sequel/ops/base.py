@@ -96,6 +96,10 @@ class Ops(ABC):
     def pick(self, x: Array, column: Array) -> Array:
         """Return x[n, column[n]] of a matrix."""
 
+    def nll(self, logits: Array, y: Array) -> Array:
+        """Return the cross-entropy of every row."""
+        return -self.pick(self.log_softmax(logits), y)
+
     @abstractmethod
     def scatter(self, x: Array, rows: Array, values: Array) -> Array:
         """Write values into rows of x; rows >= len(x) are dropped. In place where that is possible."""
@@ -145,6 +149,11 @@ class Ops(ABC):
         """Return a tree of zeros."""
         return {name: self.xp.zeros_like(leaf) for name, leaf in tree.items()}
 
+    def wide(self, tree: Tree) -> Tree:
+        """Return the tree with 16-bit floats as float32: importances are sums of tiny squares."""
+        half, single = (self.xp.float16, self.xp.bfloat16), self.xp.zeros((), dtype=self.xp.float32)
+        return self.map(lambda x: self.cast(x, single) if x.dtype in half else x, tree)
+
     @abstractmethod
     def copy(self, tree: Tree) -> Tree:
         """Return detached copies of the leaves."""
@@ -164,6 +173,10 @@ class Ops(ABC):
     def accumulate(self, total: Tree, b: Tree, c: Tree, scale: float) -> Tree:
         """Return total + scale b c; total is used up, so that PyTorch may write into it."""
         return self.addcmul(total, b, c, scale)
+
+    def sub_from(self, a: Tree, b: Tree) -> Tree:
+        """Return a - b; a is used up, so that PyTorch may write into it."""
+        return self.sub(a, b)
 
     def dot(self, a: Tree, b: Tree) -> Array:
         """Return the inner product of two trees."""

@@ -92,7 +92,7 @@ class JaxOps(Ops):
         return {name: a[name] + scale * b[name] for name in a}
 
     def addcmul(self, a: Tree, b: Tree, c: Tree, scale: float) -> Tree:
-        return {name: a[name] + scale * b[name] * c[name] for name in a}
+        return {k: (x + scale * b[k] * c[k]).astype(x.dtype) for k, x in a.items()}
 
     def value_and_grad(
         self, fn: Callable[[Tree], tuple[Array, Any]], params: Tree, *, create_graph: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,9 @@ class TorchOps(Ops):
 
     def pick(self, x: Array, column: Array) -> Array:
         return x.gather(1, column[:, None])[:, 0]
+
+    def nll(self, logits: Array, y: Array) -> Array:
+        return torch.nn.functional.cross_entropy(logits, y, reduction="none")
 
     def scatter(self, x: Array, rows: Array, values: Array) -> Array:
         keep = rows < len(x)
@@ -112,12 +116,17 @@ class TorchOps(Ops):
     def addcmul(self, a: Tree, b: Tree, c: Tree, scale: float) -> Tree:
         with torch.no_grad():
             leaves = torch._foreach_addcmul(_leaves(a), _leaves(b), _leaves(c), value=scale)
-            return _named(a, leaves)
+            return _named(a, [new.to(x.dtype) for new, x in zip(leaves, _leaves(a), strict=True)])
 
     def accumulate(self, total: Tree, b: Tree, c: Tree, scale: float) -> Tree:
         with torch.no_grad():
             torch._foreach_addcmul_(_leaves(total), _leaves(b), _leaves(c), value=scale)
         return total
+
+    def sub_from(self, a: Tree, b: Tree) -> Tree:
+        with torch.no_grad():
+            torch._foreach_sub_(_leaves(a), _leaves(b))
+        return a
 
     def value_and_grad(
         self, fn: Callable[[Tree], tuple[Array, Any]], params: Tree, *, create_graph: bool = False
@@ -138,6 +147,11 @@ class TorchOps(Ops):
         return (value if create_graph else value.detach(), aux), grads
 
     def per_sample_grad(self, fn: Callable[..., Array], params: Tree, *batch: Array) -> Tree:
+        n = len(batch[0])
+        if n <= 2:  # cheaper than to set up a vmap
+            rows = zip(*batch, strict=True)
+            each = [self.grad(partial(_on_row, fn, row), params) for row in rows]
+            return {name: torch.stack([g[name] for g in each]) for name in params}
         dims = (None, *(0 for _ in batch))
         plain = {name: leaf.detach() for name, leaf in params.items()}
         out: Tree = torch.func.vmap(torch.func.grad(fn), in_dims=dims, randomness="different")(
@@ -147,6 +161,10 @@ class TorchOps(Ops):
 
     def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn
+
+
+def _on_row(fn: Callable[..., Array], row: tuple[Array, ...], params: Tree) -> Array:
+    return fn(params, *row)
 
 
 def _leaves(tree: Tree) -> list[Tensor]:

@@ -21,7 +21,8 @@ __all__ = ["Data", "Dataset", "Scenario", "Task"]
 Array = NDArray[Any]
 
 
-def _labels(name: str, y: Any, n: int | None = None) -> Array:
+def labels(name: str, y: Any, n: int | None = None) -> Array:
+    """Return integer labels (N,) in [0, n); TypeError or ValueError where they are not that."""
     y = np.asarray(y)
     if not np.issubdtype(y.dtype, np.integer):
         raise TypeError(f"{name} must be integer labels, got dtype {y.dtype}")
@@ -80,7 +81,12 @@ class Dataset:
             if len(x) != len(y):
                 raise ValueError(f"x_{part} and y_{part} differ in length: {len(x)} and {len(y)}")
             object.__setattr__(self, f"x_{part}", x)
-            object.__setattr__(self, f"y_{part}", _labels(f"y_{part}", y))
+            object.__setattr__(self, f"y_{part}", labels(f"y_{part}", y))
+        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+            raise ValueError(
+                f"x_train and x_test differ in shape: {self.x_train.shape[1:]} and "
+                f"{self.x_test.shape[1:]}"
+            )
 
     @property
     def n_classes(self) -> int:
@@ -115,7 +121,7 @@ def _is_array(value: Any) -> bool:
 
 def _unroll(dataset: Any) -> tuple[Array, Array]:
     rows = [dataset[i] for i in range(len(dataset))]
-    return np.stack([np.asarray(r[0]) for r in rows]), np.array([int(r[1]) for r in rows])
+    return np.stack([np.asarray(r[0]) for r in rows]), np.stack([np.asarray(r[1]) for r in rows])
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,17 @@ class Scenario(Sequence[Task]):
             for part, index in (("train", task.train_index), ("test", task.test_index)):
                 if len(index) == 0:
                     raise ValueError(f"task {task.number} ({task.name}) has an empty {part} set")
+                y = np.unique(getattr(task.source, f"y_{part}")[index])
+                y = y if task.relabel is None else task.relabel[y]
+                if wrong := sorted(set(y.tolist()) - set(task.classes)):
+                    raise ValueError(
+                        f"task {task.number} ({task.name}) has {part} labels {wrong} outside its classes "
+                        f"{task.classes}"
+                    )
+            if not 0 <= min(task.classes) <= max(task.classes) < n_classes:
+                raise ValueError(
+                    f"task {task.number} ({task.name}) has classes {task.classes} outside [0, {n_classes})"
+                )
 
     @staticmethod
     def of(tasks: Iterable[Task]) -> Scenario:

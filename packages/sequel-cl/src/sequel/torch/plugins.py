@@ -51,8 +51,8 @@ class _Tree(nn.Module):
 class Penalty(nn.Module):
     """(lam/2) Σ omega (θ - anchor)² on a model's parameters; the base of EWC, SI and MAS.
 
-    An nn.Module with buffers ``omega.<name>`` and ``anchor.<name>``: it moves with ``.to()`` and rides in any
-    state dict. The model itself is not a part of it.
+    An nn.Module with buffers ``omega.<name>`` and ``anchor.<name>``, at least float32: it moves with ``.to()`` and
+    rides in any state dict; a state saved before the model has grown can be loaded after it. The model itself is not a part of it.
 
     Args:
         model: any module.
@@ -77,9 +77,20 @@ class Penalty(nn.Module):
             raise ValueError("params selects no parameter of the model")
         self.names = names
         current = self.current()
-        self.omega = _Tree({n: torch.zeros_like(p) for n, p in current.items()})
-        self.anchor = _Tree(current)
+        self.omega = _Tree(OPS.wide(OPS.zeros_like(current)))
+        self.anchor = _Tree(OPS.wide(current))
         object.__setattr__(model, "_sequel_penalty", True)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        for part in (m for m in self.children() if isinstance(m, _Tree)):
+            for name, value in part.get().items():
+                saved = state.get(f"{prefix}{self._part(part)}.{name}")
+                if saved is not None and saved.shape != value.shape:
+                    part.put({name: value.new_zeros(saved.shape)})
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def _part(self, part: nn.Module) -> str:
+        return next(name for name, child in self.named_children() if child is part)
 
     def extra_repr(self) -> str:
         """Show lam and the number of parameters."""
@@ -94,8 +105,17 @@ class Penalty(nn.Module):
         params, omega, anchor = self.current(), self.omega.get(), self.anchor.get()
         for name, p in params.items():
             if p.shape != omega[name].shape:
+                have = omega[name].shape
+                if len(have) != p.dim() or any(a < b for a, b in zip(p.shape, have, strict=True)):
+                    raise ValueError(
+                        f"parameter {name} has shape {tuple(p.shape)}, its importance {tuple(have)}: "
+                        "parameters may grow, not shrink"
+                    )
                 cut = tuple(slice(0, n) for n in omega[name].shape)
-                wide, base = torch.zeros_like(p), p.detach().clone()
+                wide, base = (
+                    omega[name].new_zeros(p.shape),
+                    p.detach().to(omega[name].dtype, copy=True),
+                )
                 wide[cut], base[cut] = omega[name], anchor[name]
                 self.omega.put({name: wide})
                 self.anchor.put({name: base})
@@ -114,10 +134,9 @@ class Penalty(nn.Module):
         for p in params.values():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        grads = {n: p.grad for n, p in params.items()}
-        new = OPS.addcmul(grads, omega, OPS.sub(params, anchor), self.lam)
-        for n, p in params.items():
-            p.grad = new[n]
+        OPS.accumulate(
+            {n: p.grad for n, p in params.items()}, omega, OPS.sub(params, anchor), self.lam
+        )
 
     @torch.no_grad()
     def prox_(self, lr: float) -> None:
@@ -174,7 +193,7 @@ class EWC(Penalty):
         found = fisher_diagonal(
             self._model[0], loader, self.fisher, params=self._select(), forward=forward
         )
-        state, now = self._state(), OPS.copy(self.current())
+        state, now = self._state(), OPS.wide(OPS.copy(self.current()))
         if self.mode == "separate":
             state = merge(OPS, state, found, now)
         else:
@@ -217,7 +236,7 @@ class MAS(Penalty):
         state = self._state()
         keep, add = (1.0, 1.0) if self.accumulate == "sum" else (self.alpha, 1 - self.alpha)
         omega = {n: keep * state["omega"][n] + add * found[n] for n in found}
-        self._store({"omega": omega, "anchor": self.current()})
+        self._store({"omega": omega, "anchor": OPS.wide(self.current())})
 
 
 class SI(Penalty):
@@ -249,7 +268,7 @@ class SI(Penalty):
         SIDefinition(lam, xi=xi, clip_omega=clip_omega)  # checks
         super().__init__(model, lam, params)
         self.xi, self.clip_omega = xi, clip_omega
-        self.path = _Tree({n: torch.zeros_like(p) for n, p in self.current().items()})
+        self.path = _Tree(OPS.wide(OPS.zeros_like(self.current())))
         self._old: dict[str, Tensor] = {}
         self._grad: dict[str, Tensor] = {}
 
@@ -257,7 +276,7 @@ class SI(Penalty):
         params, omega, anchor = super()._fitted()
         for name, path in self.path.get().items():
             if path.shape != params[name].shape:
-                wide = torch.zeros_like(params[name])
+                wide = path.new_zeros(params[name].shape)
                 wide[tuple(slice(0, n) for n in path.shape)] = path
                 self.path.put({name: wide})
         return params, omega, anchor
@@ -291,7 +310,7 @@ class SI(Penalty):
         }
         if self.clip_omega is not None:
             new = {n: w.clamp(max=self.clip_omega) for n, w in new.items()}
-        self._store({"omega": new, "anchor": params})
+        self._store({"omega": new, "anchor": OPS.wide(params)})
         self.path.put({n: torch.zeros_like(p) for n, p in path.items()})
 
 
@@ -309,12 +328,18 @@ class AGEM:
         self.model = model
 
     def project_(self, replay_loss: Callable[[], Tensor]) -> None:
-        """Project the gradients in ``.grad`` with the gradient of the memory's loss."""
+        """Project the gradients in ``.grad`` with the gradient of the memory's loss.
+
+        With torch.distributed initialised, the ranks' memory gradients are averaged, as those of the batch are.
+        """
         params = [p for p in self.model.parameters() if p.requires_grad and p.grad is not None]
         found = torch.autograd.grad(
             replay_loss(), params, allow_unused=True, materialize_grads=True
         )
         r = torch.cat([f.flatten() for f in found])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(r)
+            r /= torch.distributed.get_world_size()
         g = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
         new, at = agem_project(g, r), 0
         for p in params:
