@@ -241,10 +241,10 @@ def test_the_bundled_checkpoint_is_small_pinned_and_documented() -> None:
 def test_the_bundled_checkpoint_keeps_its_quality_on_the_frozen_set(tiny: deepemd.DeepEMD) -> None:
     test = frozen_set(64, 64)
     found = measure(test, method="deepemd", model=tiny, decode="argmax")
-    # 5.3 %, 0.905 and 0.72 when it was shipped; the target of 5 % was missed
-    assert found["rel_err"] <= 0.055
-    assert found["gradient_cosine"] >= 0.89
-    assert found["tolerant_accuracy"] >= 0.70
+    # 4.0 %, 0.917 and 0.75 when it was shipped; 4.9 % on 256 pairs. The target is 5 %
+    assert found["rel_err"] <= 0.05
+    assert found["gradient_cosine"] >= 0.90
+    assert found["tolerant_accuracy"] >= 0.73
     nearest = measure(test, method="chamfer", mean_of_two=True)
     assert nearest["rel_err"] > 4 * found["rel_err"]
     assert nearest["gradient_cosine"] < found["gradient_cosine"] - 0.2
@@ -256,11 +256,11 @@ def test_the_bundled_checkpoint_keeps_its_quality_on_the_frozen_set(tiny: deepem
 def test_the_bundled_checkpoint_generalises_to_larger_clouds_and_other_shapes(
     tiny: deepemd.DeepEMD,
 ) -> None:
-    # as shipped: 10.2 % and 0.852, 4.8 % and 0.893, 7.8 % and 0.887; the target at N = 256 was 10 %
+    # as shipped: 9.5 % and 0.867, 4.5 % and 0.911, 9.1 % and 0.903; the target at N = 256 is 10 %
     for test, error, cosine in (
-        (frozen_set(256, 128), 0.105, 0.84),
-        (frozen_set(64, 32, shapes="unseen"), 0.052, 0.88),
-        (digits_set(64, 32), 0.082, 0.87),
+        (frozen_set(256, 128), 0.10, 0.86),
+        (frozen_set(64, 32, shapes="unseen"), 0.05, 0.90),
+        (digits_set(64, 32), 0.095, 0.89),
     ):
         found = measure(test, method="deepemd", model=tiny, decode="argmax")
         assert found["rel_err"] <= error, test.name

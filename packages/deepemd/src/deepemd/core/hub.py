@@ -17,7 +17,7 @@ from deepemd.core.model import DeepEMD
 FORMAT = 1
 WEIGHTS = Path(__file__).parents[1] / "weights"
 SHA256: dict[str, str] = {
-    "tiny": "18a1498f7be8a3a79fd38d16cc6b35e6bb41ff0cce1504cf805d8c499e90065f",
+    "tiny": "880df168f2adc0f93b3271321ed6d97661b4fa066c1874d84300b10ffde69c6c",
 }
 
 
