@@ -105,6 +105,14 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
         return False
 
 
+def one_gradient(a: Tensor, b: Tensor) -> bool:
+    """Tell whether a and b, which :func:`same_tensor` holds for one, have one gradient too.
+
+    ``x.detach()`` shares x's storage, but nothing is to flow back through it.
+    """
+    return a is b or not (a.requires_grad or b.requires_grad)
+
+
 def cu_seqlens(offsets: Tensor, total: int) -> None:
     """Require cumulative sequence lengths 0 = o_0 <= o_1 <= ... <= o_n = total."""
     if offsets.dtype not in (torch.int32, torch.int64):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hypermixer import _checks, kernels
-from hypermixer._checks import is_compiling, same_tensor
+from hypermixer._checks import is_compiling, one_gradient, same_tensor
 from hypermixer.base import clear
 from hypermixer.causal import mix_causal
 from hypermixer.chunked import make_plan, mix_chunked
@@ -143,7 +143,8 @@ class HyperMixing(StreamingMixing):
         _checks.position_ids(query_ids, batch, length)
         _checks.position_ids(key_ids, batch, keys.shape[1])
         starts = self._starts(length, keys.shape[1], query_ids, key_ids, query.device)
-        shared = same and query_mask is key_mask and query_ids is key_ids
+        one = same and one_gradient(keys, query)
+        shared = one and query_mask is key_mask and query_ids is key_ids
         chunk = self._chunk(query, keys.shape[1])
         if chunk is not None:
             scale = self._scale(self._count(keys, key_mask))
