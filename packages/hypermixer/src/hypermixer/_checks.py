@@ -11,6 +11,11 @@ def is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
+def in_transform() -> bool:
+    """Tell whether torch.func (vmap, grad, jvp, ...) is at work, which custom functions do not join."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def positive(name: str, value: object) -> None:
     """Require an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hypermixer import _checks, kernels
-from hypermixer._checks import is_compiling, one_gradient, same_tensor
+from hypermixer._checks import in_transform, is_compiling, one_gradient, same_tensor
 from hypermixer.base import clear
 from hypermixer.causal import mix_causal
 from hypermixer.chunked import make_plan, mix_chunked
@@ -57,7 +57,9 @@ class HyperMixing(StreamingMixing):
         block_size: block-causal mixing: a token sees its block of this many tokens and all earlier
             blocks. 1 is causal. Implies ``causal``.
         chunk_size: tokens at a time; the extra memory then does not grow with the length, and the
-            backward pass recomputes (it cannot be differentiated twice).
+            backward pass recomputes: it cannot be differentiated twice, and a function given as
+            ``activation`` or ``token_info`` that uses parameters must be a module. Left out under
+            torch.compile and torch.func.
         length_scale: divide P = W1ᵀV by the number of keys ("mean") or its root ("sqrt"). Not in the
             paper, where P grows with the length.
         init: "reference" (as the authors' code draws) or "xavier" (each head's matrices
@@ -178,7 +180,7 @@ class HyperMixing(StreamingMixing):
         Without gradients a CPU is fastest on pieces that stay in its caches, so that long sequences
         are cut even where no ``chunk_size`` was asked for.
         """
-        if self.causal or is_compiling():
+        if self.causal or is_compiling() or in_transform():
             return None
         if self.chunk_size is not None or query.device.type != "cpu" or torch.is_grad_enabled():
             return self.chunk_size
