@@ -36,6 +36,8 @@ def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 def tokens(name: str, x: Tensor, embed_dim: int, ndim: int = 3) -> None:
     """Require a floating (B, N, d) tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
     if x.dim() != ndim:
@@ -120,6 +122,10 @@ def one_gradient(a: Tensor, b: Tensor) -> bool:
 
 def cu_seqlens(offsets: Tensor, total: int) -> None:
     """Require cumulative sequence lengths 0 = o_0 <= o_1 <= ... <= o_n = total."""
+    if not isinstance(offsets, Tensor):
+        raise ValueError(  # noqa: TRY004 - one class for all that is wrong with the offsets
+            f"cu_seqlens must be an int32 or int64 tensor, got {type(offsets).__name__}"
+        )
     if offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64, got {offsets.dtype}")
     if offsets.dim() != 1 or offsets.numel() < 1:
