@@ -230,3 +230,22 @@ def test_torch_func_goes_through_long_sequences_without_gradients():
     x = torch.randn(2, 1, 70_000, 8, dtype=F64)  # beyond what a CPU mixes in one piece
     with torch.no_grad():
         torch.testing.assert_close(torch.func.vmap(layer)(x)[:, 0], layer(x[:, 0]))
+
+
+def test_a_block_is_stepped_whole():
+    layer = HyperMixing(8, 16, 2, block_size=4)
+    x = torch.randn(1, 8, 8)
+    _, state = layer.step(x[:, :3], layer.init_state(1))  # the last block may be short
+    with pytest.raises(ValueError, match="within a block, after 3 tokens, but block_size=4"):
+        layer.step(x[:, 3:4], state)
+
+
+@pytest.mark.parametrize("other", [{"num_heads": 4}, {"bias": True}, {"hypernet_dim": 16}])
+def test_a_state_of_another_layer_is_refused(other):
+    layer, x = HyperMixing(8, 16, 2, causal=True), torch.randn(1, 2, 8)
+    state = HyperMixing(8, 16, **{"num_heads": 2, **other}).init_state(1)
+    for use in (layer.read, lambda s, t: layer.step(t[:, 0], s)):
+        with pytest.raises(ValueError, match="from a layer of other sizes"):
+            use(state, x)
+    with pytest.raises(ValueError, match="from a layer of other sizes"):
+        layer.write(state, x)
