@@ -379,3 +379,15 @@ def test_an_attention_module_by_itself_is_refused_not_passed_over():
 def test_which_must_be_a_regular_expression():
     with pytest.raises(ValueError, match=r"which='\(' is no regular expression"):
         convert(nn.Sequential(nn.TransformerEncoderLayer(16, 2)), which="(")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_one_hugging_face_mask_for_the_whole_batch(dtype):
+    from hypermixer.adapters.modules import HuggingFaceAttention
+
+    layer = HuggingFaceAttention(HyperMixing(16, 32, 2))
+    x = torch.randn(3, 5, 16)
+    keep = torch.tensor([True, True, True, False, False])
+    mask = keep if dtype == torch.bool else torch.where(keep, 0.0, torch.finfo(dtype).min)
+    out, _ = layer(x, attention_mask=mask.view(1, 1, 1, 5))
+    torch.testing.assert_close(out[:, :3], layer(x[:, :3])[0])
