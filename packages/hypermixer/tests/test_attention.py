@@ -109,3 +109,14 @@ def test_jagged_tensors_pass_through():
     nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=torch.jagged)
     out, _ = layer(nested, nested, nested)
     assert out.is_nested
+
+
+def test_detached_values_take_no_gradient():
+    layer = HyperMixingAttention(8, 2, batch_first=True, dtype=torch.float64)
+    x = torch.randn(1, 5, 8, dtype=torch.float64)
+    gradients = []
+    for make in (lambda t: t.detach(), lambda t: t.detach().clone()):
+        query = x.clone().requires_grad_()
+        layer(query, query, make(query))[0].square().cumsum(-1).sum().backward()
+        gradients.append(query.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)

@@ -179,3 +179,73 @@ def test_state_is_float32_for_sixteen_bit_layers_and_can_be_moved():
     assert not written.detach().sums.requires_grad
     assert isinstance(written.to("cpu"), MixingState)
     assert layer.read(written, torch.randn(2, 1, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_recomputation_runs_under_the_autocast_of_the_forward_pass(block):
+    gradients = []
+    for chunk in (None, 4):
+        torch.manual_seed(0)
+        layer = HyperMixing(16, 32, 2, init="xavier", block_size=block, chunk_size=chunk)
+        x = torch.randn(2, 12, 16, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        (y.float() * torch.linspace(-1, 1, 16)).sum().backward()
+        gradients.append(x.grad)
+    whole, pieces = gradients
+    assert (pieces - whole).norm() < 0.05 * whole.norm()
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"block_size": 3}, {}], ids=str)
+def test_an_activation_with_parameters_is_trained_in_pieces_too(options):
+    x = torch.randn(1, 9, 8, dtype=F64)
+    toward = torch.randn(1, 9, 8, dtype=F64)
+    layer = HyperMixing(
+        8, 16, 2, chunk_size=3, activation=torch.nn.PReLU(dtype=F64), dtype=F64, **options
+    )
+    (layer(x) * toward).sum().backward()
+    slope = layer.activation.weight
+    with torch.no_grad():
+        values = []
+        for sign in (1, -1):
+            slope += sign * 1e-6
+            values.append((layer(x) * toward).sum())
+            slope -= sign * 1e-6
+    numeric = (values[0] - values[1]) / 2e-6
+    torch.testing.assert_close(slope.grad[0], numeric, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"block_size": 3}, {}], ids=str)
+def test_torch_func_goes_through_layers_with_a_chunk_size(options):
+    layer = HyperMixing(8, 16, 2, chunk_size=3, dtype=F64, **options)
+    x = torch.randn(3, 1, 9, 8, dtype=F64, requires_grad=True)
+    toward = torch.randn(9, 8, dtype=F64)
+    each = torch.func.vmap(torch.func.grad(lambda t: (layer(t)[0] * toward).sum()))(x.detach())
+    (layer(x[:, 0]) * toward).sum().backward()
+    torch.testing.assert_close(each, x.grad, rtol=1e-9, atol=1e-10)
+
+
+def test_torch_func_goes_through_long_sequences_without_gradients():
+    layer = HyperMixing(8, 16, 2, dtype=F64)
+    x = torch.randn(2, 1, 70_000, 8, dtype=F64)  # beyond what a CPU mixes in one piece
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(layer)(x)[:, 0], layer(x[:, 0]))
+
+
+def test_a_block_is_stepped_whole():
+    layer = HyperMixing(8, 16, 2, block_size=4)
+    x = torch.randn(1, 8, 8)
+    _, state = layer.step(x[:, :3], layer.init_state(1))  # the last block may be short
+    with pytest.raises(ValueError, match="within a block, after 3 tokens, but block_size=4"):
+        layer.step(x[:, 3:4], state)
+
+
+@pytest.mark.parametrize("other", [{"num_heads": 4}, {"bias": True}, {"hypernet_dim": 16}])
+def test_a_state_of_another_layer_is_refused(other):
+    layer, x = HyperMixing(8, 16, 2, causal=True), torch.randn(1, 2, 8)
+    state = HyperMixing(8, 16, **{"num_heads": 2, **other}).init_state(1)
+    for use in (layer.read, lambda s, t: layer.step(t[:, 0], s)):
+        with pytest.raises(ValueError, match="from a layer of other sizes"):
+            use(state, x)
+    with pytest.raises(ValueError, match="from a layer of other sizes"):
+        layer.write(state, x)

@@ -126,3 +126,32 @@ def test_module_and_import_are_light():
         [sys.executable, "-m", "hypermixer.cli", "info", "8,16,2"], capture_output=True, check=True
     )
     assert b"N*" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["experiment", "digits", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
+        (["experiment", "digits", "--fraction", "2"], "--fraction: must be above 0 and at most 1"),
+        (["experiment", "digits", "--seed", "1"], "--seed"),
+        (["train", "--task", "digits", "--steps", "-1"], "--steps: must be at least 1, got -1"),
+        (["bench", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
+        (["bench", "--lengths", "0"], "--lengths: must be at least 1, got 0"),
+        (["info", "32,64,4", "--length", "-5"], "--length: must be at least 1, got -5"),
+    ],
+)
+def test_numbers_out_of_range_are_bad_usage(capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_info_is_valid_json_where_the_direct_form_always_wins(capsys):
+    assert main(["info", "512,64,8", "--json"]) == 0
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    content = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert content["layers"]["layer"]["crossover"] is None

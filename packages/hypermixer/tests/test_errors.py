@@ -146,7 +146,7 @@ def test_packed_mixing_takes_neither_keys_nor_masks():
     layer, tokens, offsets = HyperMixing(8), torch.randn(5, 8), torch.tensor([0, 5])
     with pytest.raises(ValueError, match="give neither key nor value"):
         layer(tokens, tokens.clone(), cu_seqlens=offsets)
-    with pytest.raises(ValueError, match="cu_seqlens or key_padding_mask, not both"):
+    with pytest.raises(ValueError, match="cu_seqlens or padding masks, not both"):
         layer(tokens, key_padding_mask=torch.zeros(1, 5, dtype=torch.bool), cu_seqlens=offsets)
     with pytest.raises(ValueError, match=r"query must have shape \(tokens, embed_dim\)"):
         layer(torch.randn(2, 5, 8), cu_seqlens=offsets)
@@ -159,7 +159,7 @@ def test_nested_tensors():
     with pytest.raises(NotImplementedError, match=r"layout=torch\.jagged"):
         HyperMixing(8)(strided)
     jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
-    with pytest.raises(ValueError, match="give neither key nor padding mask"):
+    with pytest.raises(ValueError, match="give no mask and no cu_seqlens"):
         HyperMixing(8)(jagged, key_padding_mask=torch.zeros(2, 3, dtype=torch.bool))
 
 

@@ -222,3 +222,53 @@ def test_config_round_trip_and_the_papers_size():
     assert embeddings == 30_522 * 256
     assert 10.5e6 < total < 12e6  # the paper's models: 11 to 12 M, two thirds of them embeddings
     assert 0.6 < embeddings / total < 0.75
+
+
+@pytest.mark.parametrize("layout", ["pre", "post", "rezero"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_padding_reaches_no_gradient_of_a_layer(layout, batch_first):
+    layer = HyperMixerEncoderLayer(8, 2, layout=layout, dropout=0.0, batch_first=batch_first)
+    if layout == "rezero":
+        torch.nn.init.ones_(layer.scale1)
+        torch.nn.init.ones_(layer.scale2)
+    mask = torch.tensor([[False] * 3 + [True] * 2, [False] * 3 + [True] * 2])
+    gradients = []
+    for content in (0.0, torch.nan, torch.inf):
+        torch.manual_seed(1)
+        x = torch.randn(2, 5, 8).masked_fill(mask[..., None], content)
+        turned = x if batch_first else x.transpose(0, 1)
+        y = layer(turned, src_key_padding_mask=mask)
+        y = y if batch_first else y.transpose(0, 1)
+        layer.zero_grad()
+        y[:, :3].square().sum().backward()
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+    for other in gradients[1:]:
+        for mine, theirs in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(theirs, mine, rtol=0, atol=0)
+    one = layer.eval()(x[0], src_key_padding_mask=mask[0])[:3]  # unbatched
+    torch.testing.assert_close(one, y[0, :3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 0}, "num_classes must be a positive int, got 0"),
+        ({"vocab_size": -1}, "vocab_size must be a positive int, got -1"),
+        ({"pad_id": 20}, "pad_id must be None or an id below vocab_size=20, got 20"),
+        ({"pad_id": -1}, "pad_id must be None or an id"),
+    ],
+)
+def test_classifier_sizes(options, message):
+    config = HyperMixerConfig(**{"vocab_size": 20, "d_model": 8, "num_layers": 1, **options})
+    with pytest.raises(ValueError, match=message):
+        HyperMixerForSequenceClassification(config)
+
+
+def test_classifier_takes_a_batch_of_ids():
+    model = HyperMixerForSequenceClassification(
+        HyperMixerConfig(vocab_size=20, d_model=8, num_layers=1)
+    )
+    with pytest.raises(
+        ValueError, match=r"input_ids must have shape \(batch, length\), got \(2,\)"
+    ):
+        model(torch.tensor([1, 2]))

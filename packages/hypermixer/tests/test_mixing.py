@@ -335,3 +335,45 @@ def test_cuda_equals_cpu(dtype):
     y = there(x.to("cuda", dtype), key_padding_mask=mask.cuda()).float().cpu()
     tolerance = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}[dtype]
     torch.testing.assert_close(y, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tied": True}, {"chunk_size": 2}, {"causal": True}], ids=str
+)
+def test_nothing_flows_back_through_detached_keys(options):
+    layer = HyperMixing(8, 16, 2, dtype=torch.float64, **options)
+    x = torch.randn(1, 5, 8, dtype=torch.float64)
+    toward = torch.randn(1, 5, 8, dtype=torch.float64)
+
+    wanted = x.clone().requires_grad_()
+    (layer(wanted, wanted.detach()) * toward).sum().backward()
+    numeric = torch.zeros_like(x)
+    twin = HyperMixing(8, 16, 2, dtype=torch.float64)
+    twin.load_state_dict({**layer.state_dict(), **_second_of(layer)})
+    if layer.causal:  # a token's query reaches its own output alone, from the state of its prefix
+
+        def value(query):
+            rows = []
+            for t in range(5):
+                prefix = twin.write(twin.init_state(1), x[:, : t + 1])
+                rows.append(twin.read(prefix, query[:, t : t + 1], torch.tensor([t])))
+            return (torch.cat(rows, 1) * toward).sum()
+
+    else:
+
+        def value(query):
+            return (twin(query, x.clone()) * toward).sum()
+
+    with torch.no_grad():
+        for place in range(x.numel()):
+            step = torch.zeros(x.numel(), dtype=torch.float64)
+            step[place] = 1e-5
+            step = step.view_as(x)
+            numeric.view(-1)[place] = (value(x + step) - value(x - step)) / 2e-5
+    torch.testing.assert_close(wanted.grad, numeric, rtol=1e-5, atol=1e-7)
+
+
+def _second_of(layer):
+    """The reading hypernetwork of a tied layer, for an untied one."""
+    state = layer.state_dict()
+    return {n.replace("w1.", "w2."): t for n, t in state.items() if layer.tied and "w1." in n}

@@ -96,3 +96,56 @@ def test_one_long_sequence_among_short_ones_costs_no_padding():
         use = measure_memory(lambda: layer(x, cu_seqlens=offsets))
     padded = 101 * 4096 * 32
     assert use.largest_numel < padded / 8
+
+
+def test_a_nan_stays_in_its_packed_sequence_and_its_gradient_too():
+    layer = HyperMixing(8, 16, 2, dtype=F64)
+    x = torch.randn(9, 8, dtype=F64)
+    expected = layer(x, cu_seqlens=torch.tensor([0, 3, 9]))
+    for bad, good in ((slice(0, 3), slice(3, 9)), (slice(3, 9), slice(0, 3))):
+        spoilt = x.clone()
+        spoilt[bad.start] = torch.nan
+        spoilt.requires_grad_()
+        out = layer(spoilt, cu_seqlens=torch.tensor([0, 3, 9]))
+        torch.testing.assert_close(out[good], expected[good], rtol=0, atol=1e-12)
+        out.sum().backward()
+        assert spoilt.grad[good].isfinite().all()
+
+
+def test_nothing_given_with_packed_or_jagged_tokens_is_ignored():
+    layer = HyperMixing(8, 16, 2, dtype=F64)
+    parts = [torch.randn(n, 8, dtype=F64) for n in (3, 5)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    ids = torch.arange(8) + 2
+    moved = layer(nested, position_ids=ids).unbind()
+    for row, part, where in zip(moved, parts, ids.split([3, 5]), strict=True):
+        expected = layer(part[None], position_ids=where)[0]
+        torch.testing.assert_close(row, expected, rtol=0, atol=1e-10)
+    other = torch.nested.nested_tensor([2 * p for p in parts], layout=torch.jagged)
+    with pytest.raises(ValueError, match="neither key nor value"):
+        layer(nested, nested, other)
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match="no mask"):
+        layer(nested, query_padding_mask=mask)
+    offsets = torch.tensor([0, 3, 8])
+    x = torch.cat(parts)
+    with pytest.raises(ValueError, match="not both"):
+        layer(x, query_padding_mask=mask, cu_seqlens=offsets)
+    with pytest.raises(ValueError, match="cannot be a pair"):
+        layer(x, cu_seqlens=offsets, position_ids=(ids, ids + 1))
+    with pytest.raises(ValueError, match="cu_seqlens must be an int32 or int64 tensor, got list"):
+        layer(x, cu_seqlens=[0, 3, 8])
+    with pytest.raises(TypeError, match="query must be a tensor, got list"):
+        layer([[1.0] * 8])
+
+
+def test_jagged_tensors_with_gaps_are_refused_until_contiguous():
+    layer = HyperMixing(8, 16, 2, dtype=F64)
+    x = torch.randn(2, 6, 8, dtype=F64)
+    starts, lengths = torch.tensor([1, 0]), torch.tensor([3, 4])
+    nested = torch.nested.narrow(x, 1, starts, lengths, layout=torch.jagged)
+    with pytest.raises(ValueError, match="without gaps"):
+        layer(nested)
+    rows = layer(nested.contiguous()).unbind()
+    for row, part in zip(rows, (x[0, 1:4], x[1, :4]), strict=True):
+        torch.testing.assert_close(row, layer(part[None])[0], rtol=0, atol=1e-10)

@@ -329,3 +329,65 @@ def test_layers_of_this_package_are_not_touched():
     report = convert(model)
     assert not report.replaced
     assert not report.skipped
+
+
+class Holder(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+def test_an_attention_that_two_parents_hold_stays_one():
+    shared = nn.MultiheadAttention(16, 2, batch_first=True)
+    model = nn.Sequential(Holder(shared), Holder(shared))
+    report = convert(model)
+    assert [name for name, _ in report.replaced] == ["0.attention", "1.attention"]
+    assert isinstance(model[1].attention, HyperMixingAttention)
+    assert model[0].attention is model[1].attention
+    report.restore()
+    assert model[0].attention is shared
+    assert model[1].attention is shared
+
+
+def test_a_second_conversion_leaves_trained_layers_alone():
+    timm = pytest.importorskip("timm")
+    for name, options in (
+        ("mixer_s32_224", {"img_size": 64}),
+        ("vit_tiny_patch16_224", {"depth": 2, "img_size": 32}),
+    ):
+        model = timm.create_model(name, **options)
+        convert(model)
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        again = convert(model)
+        assert (again.replaced, again.skipped) == ([], [])
+        after = model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(t, after[n]) for n, t in before.items())
+
+
+def test_an_attention_module_by_itself_is_refused_not_passed_over():
+    pytest.importorskip("timm")
+    from timm.layers import Attention
+
+    with pytest.raises(ValueError, match=r"is an attention module itself \(Attention\)"):
+        convert(Attention(16, 2))
+
+
+def test_which_must_be_a_regular_expression():
+    with pytest.raises(ValueError, match=r"which='\(' is no regular expression"):
+        convert(nn.Sequential(nn.TransformerEncoderLayer(16, 2)), which="(")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_one_hugging_face_mask_for_the_whole_batch(dtype):
+    from hypermixer.adapters.modules import HuggingFaceAttention
+
+    layer = HuggingFaceAttention(HyperMixing(16, 32, 2))
+    x = torch.randn(3, 5, 16)
+    keep = torch.tensor([True, True, True, False, False])
+    mask = keep if dtype == torch.bool else torch.where(keep, 0.0, torch.finfo(dtype).min)
+    out, _ = layer(x, attention_mask=mask.view(1, 1, 1, 5))
+    torch.testing.assert_close(out[:, :3], layer(x[:, :3])[0])

@@ -11,6 +11,11 @@ def is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
+def in_transform() -> bool:
+    """Tell whether torch.func (vmap, grad, jvp, ...) is at work, which custom functions do not join."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def positive(name: str, value: object) -> None:
     """Require an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -31,6 +36,8 @@ def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 def tokens(name: str, x: Tensor, embed_dim: int, ndim: int = 3) -> None:
     """Require a floating (B, N, d) tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
     if x.dim() != ndim:
@@ -105,8 +112,20 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
         return False
 
 
+def one_gradient(a: Tensor, b: Tensor) -> bool:
+    """Tell whether a and b, which :func:`same_tensor` holds for one, have one gradient too.
+
+    ``x.detach()`` shares x's storage, but nothing is to flow back through it.
+    """
+    return a is b or not (a.requires_grad or b.requires_grad)
+
+
 def cu_seqlens(offsets: Tensor, total: int) -> None:
     """Require cumulative sequence lengths 0 = o_0 <= o_1 <= ... <= o_n = total."""
+    if not isinstance(offsets, Tensor):
+        raise ValueError(  # noqa: TRY004 - one class for all that is wrong with the offsets
+            f"cu_seqlens must be an int32 or int64 tensor, got {type(offsets).__name__}"
+        )
     if offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64, got {offsets.dtype}")
     if offsets.dim() != 1 or offsets.numel() < 1:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypermixer._checks import is_compiling, same_tensor
+from hypermixer._checks import is_compiling, one_gradient, same_tensor
 from hypermixer.mixing import HyperMixing
 
 
@@ -90,8 +90,8 @@ class HyperMixingAttention(nn.Module):
             return (x.transpose(0, 1) if turn else x) if batched else x.unsqueeze(0)
 
         q = to_batch(query)
-        k = q if same_tensor(key, query) else to_batch(key)
-        v = k if same_tensor(value, key) else to_batch(value)
+        k = q if _one(key, query) else to_batch(key)
+        v = k if _one(value, key) else to_batch(value)
         mask = key_padding_mask
         if mask is not None and not batched:
             mask = mask.unsqueeze(0)
@@ -125,3 +125,7 @@ class HyperMixingAttention(nn.Module):
     def extra_repr(self) -> str:
         """Return what print(module) shows."""
         return f"batch_first={self.batch_first}, dropout={self.dropout}"
+
+
+def _one(a: Tensor, b: Tensor) -> bool:
+    return same_tensor(a, b) and one_gradient(a, b)

@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hypermixer._checks import is_compiling
+from hypermixer._checks import in_transform, is_compiling
 from hypermixer.functional import (
     Activation,
     generate,
     hidden_from_state,
     read_matrix,
     read_tokens,
+    same_autocast,
     sum_over_tokens,
     token_state,
 )
@@ -114,6 +115,7 @@ class _Scan(torch.autograd.Function):
             y, carry = scan_chunk(carry, *now, layers, activation, direct)
             parts.append(y)
         ctx.activation, ctx.direct, ctx.step = activation, direct, step
+        ctx.autocast = same_autocast(g1.device.type)
         ctx.save_for_backward(torch.stack(boundaries), g1, g2, value, scale, *output)
         return torch.cat(parts, dim=2)
 
@@ -133,7 +135,7 @@ class _Scan(torch.autograd.Function):
             pieces = [t[:, :, window].detach().requires_grad_() for t in (g1, g2, value)]
             factor = None if scale is None else scale[:, window]
             layers = Output(*leaves)  # type: ignore[arg-type]
-            with torch.enable_grad():
+            with torch.enable_grad(), ctx.autocast():
                 y, after = scan_chunk(
                     carry,
                     pieces[0],
@@ -205,7 +207,8 @@ def mix_causal(
         direct: form generated weights chunk by chunk (cheaper below the crossover length).
         state: S (H, B, h(+1), f) of the tokens before the first one, or None.
         scale: (B, ⌈N/C⌉) factor of P for each block, or None.
-        states_at_once: prefix states formed at a time; by default as many as 2²² numbers hold.
+        states_at_once: prefix states formed at a time; by default as many as 2²² numbers hold. All at
+            once where the activation has parameters, under torch.compile and under torch.func.
 
     Returns:
         (H, B, N, f).
@@ -224,7 +227,9 @@ def mix_causal(
     else:
         carry = hidden_from_state(state, u1, c1) if direct else state
     step = states_at_once or max(1, _STATE_BUDGET // max(1, heads * batch * hidden * width))
-    if is_compiling() or step >= blocks1.shape[2]:
+    # An activation's own parameters get their gradient from the graph alone.
+    trained = isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None
+    if trained or is_compiling() or in_transform() or step >= blocks1.shape[2]:
         y, _ = scan_chunk(carry, blocks1, blocks2, values, scale, output, activation, direct)
     else:
         y = _Scan.apply(  # type: ignore[no-untyped-call]

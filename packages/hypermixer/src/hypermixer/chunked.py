@@ -8,17 +8,22 @@ backward pass goes over the chunks again, so it costs one more forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from hypermixer.distributed import GroupRef
-from hypermixer.functional import hidden_from_state, read_matrix, read_tokens, token_state
+from hypermixer.functional import (
+    hidden_from_state,
+    read_matrix,
+    read_tokens,
+    same_autocast,
+    token_state,
+)
 from hypermixer.hypernet import project_heads
 
 if TYPE_CHECKING:
@@ -50,14 +55,6 @@ class Plan(NamedTuple):
 def _windows(length: int, size: int) -> list[slice]:
     # An empty sequence still needs one (empty) chunk, for the shapes and dtypes.
     return [slice(a, min(a + size, length)) for a in range(0, max(length, 1), size)]
-
-
-def _same_autocast(kind: str) -> Callable[[], AbstractContextManager[object]]:
-    """Capture the autocast state, so that the recomputation runs under it."""
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
 
 
 def _write_all(plan: Plan, key: Tensor, value: Tensor | None, parameters: Parameters) -> Tensor:
@@ -95,7 +92,7 @@ class _ChunkedMix(torch.autograd.Function):
         for window in windows[1:]:
             out[:, window] = plan.read(query[:, window], window, matrix, parameters)
         ctx.plan = plan
-        ctx.autocast = _same_autocast(query.device.type)
+        ctx.autocast = same_autocast(query.device.type)
         ctx.save_for_backward(query, key, value, state, *tensors)
         return out
 
@@ -197,9 +194,16 @@ def make_plan(
         arguments = (x, chosen, starts[which] + window.start)
         return x, functional_call(layer.token_info, own, arguments)
 
+    def activate(x: Tensor, p: Parameters) -> Tensor:
+        if not isinstance(layer.activation, nn.Module):
+            return layer.activation(x)
+        own = {n[11:]: t for n, t in p.items() if n.startswith("activation.")}
+        active: Tensor = functional_call(layer.activation, own, (x,))
+        return active
+
     def hidden(x: Tensor, side: str, p: Parameters) -> Tensor:
         bias = p.get(f"{side}.fc1_bias")
-        return layer.activation(project_heads(x, p[f"{side}.fc1_weight"], bias))
+        return activate(project_heads(x, p[f"{side}.fc1_weight"], bias), p)
 
     def write(key: Tensor, value: Tensor | None, window: slice, p: Parameters) -> Tensor:
         clean, informed = prepare(key, key_mask, 1, window, p)
@@ -214,9 +218,7 @@ def make_plan(
         h = hidden_from_state(state, p["w1.fc2_weight"], p.get("w1.fc2_bias"))
         if scale is not None:
             h = h * scale.to(h.dtype).view(1, -1, 1, 1)
-        return read_matrix(
-            layer.activation(h), p[f"{reader}.fc2_weight"], p.get(f"{reader}.fc2_bias")
-        )
+        return read_matrix(activate(h, p), p[f"{reader}.fc2_weight"], p.get(f"{reader}.fc2_bias"))
 
     def read(query: Tensor, window: slice, matrix: Tensor, p: Parameters) -> Tensor:
         _, informed = prepare(query, query_mask, 0, window, p)

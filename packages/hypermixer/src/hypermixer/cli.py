@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -170,7 +171,9 @@ def _info(args: argparse.Namespace) -> int:
     for name, sizes in layers.items():
         layer = HyperMixing(**sizes, token_info=None, device="meta")
         cost = layer_cost(layer, args.length)
-        content["layers"][name] = {**sizes, **vars(cost)}
+        # JSON has no infinity: null says that the direct form is always the cheaper one.
+        crossover = cost.crossover if math.isfinite(cost.crossover) else None
+        content["layers"][name] = {**sizes, **vars(cost), "crossover": crossover}
         rows.append(
             [
                 name,
@@ -188,50 +191,71 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not 0.0 < number <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {number}")
+    return number
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON instead of a table")
     common.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON there")
-    common.add_argument("--seed", type=int, default=0)
-    common.add_argument("--data-dir", type=Path, help="folder of sst2/, agnews/, trec/")
     common.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("--data-dir", type=Path, help="folder of sst2/, agnews/, trec/")
     parser = argparse.ArgumentParser(prog="hypermixer", description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"hypermixer {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(
-        name: str, function: Callable[[argparse.Namespace], int], text: str
+        name: str,
+        function: Callable[[argparse.Namespace], int],
+        text: str,
+        *more: argparse.ArgumentParser,
     ) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text, parents=[common])
+        # Without abbreviations: --seed must not pass for --seeds.
+        command = commands.add_parser(
+            name, help=text, description=text, parents=[common, *more], allow_abbrev=False
+        )
         command.set_defaults(function=function)
         return command
 
     bench = add("bench", _bench, "time HyperMixing and attention against the length")
-    bench.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096])
-    bench.add_argument("--embed-dim", type=int, default=256)
-    bench.add_argument("--hidden-dim", type=int, default=512)
-    bench.add_argument("--num-heads", type=int, default=8)
-    bench.add_argument("--repeats", type=int, default=7)
+    bench.add_argument("--lengths", type=_positive, nargs="+", default=[64, 256, 1024, 4096])
+    bench.add_argument("--embed-dim", type=_positive, default=256)
+    bench.add_argument("--hidden-dim", type=_positive, default=512)
+    bench.add_argument("--num-heads", type=_positive, default=8)
+    bench.add_argument("--repeats", type=_positive, default=7)
     bench.add_argument("--backward", action="store_true", help="forward and backward")
 
-    experiment = add("experiment", _experiment, "run an experiment over several seeds")
+    experiment = add("experiment", _experiment, "run an experiment over several seeds", data)
     experiment.add_argument("name", help="shapes, listops, digits, topics-pair, sst2, agnews, ...")
-    experiment.add_argument("--seeds", type=int, default=3)
-    experiment.add_argument("--steps", type=int)
-    experiment.add_argument("--fraction", type=float, help="of the training data")
+    experiment.add_argument("--seeds", type=_positive, default=3, help="how many: 0, 1, ...")
+    experiment.add_argument("--steps", type=_positive)
+    experiment.add_argument("--fraction", type=_fraction, help="of the training data")
     experiment.add_argument("--mixers", help="comma-separated names")
 
-    train = add("train", _train, "train one classifier")
+    train = add("train", _train, "train one classifier", data)
     train.add_argument(
         "--task",
         required=True,
         choices=["digits", "listops", "topics-pair", "sst2", "agnews", "trec"],
     )
     train.add_argument("--model", default="hypermixer", help="hypermixer, transformer, fnet, ...")
-    train.add_argument("--steps", type=int)
-    train.add_argument("--embed-dim", type=int, default=64)
-    train.add_argument("--num-layers", type=int, default=2)
+    train.add_argument("--steps", type=_positive)
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--embed-dim", type=_positive, default=64)
+    train.add_argument("--num-layers", type=_positive, default=2)
     train.add_argument("--learning-rate", type=float, default=2e-3)
     train.add_argument("--save", type=Path, help="write the state dict there")
 
@@ -245,7 +269,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     info = add("info", _info, "parameters, FLOPs and the crossover length of layers")
     info.add_argument("model", help="a checkpoint file, or d,d',H")
-    info.add_argument("--length", type=int, default=1024, help="N")
+    info.add_argument("--length", type=_positive, default=1024, help="N")
     return parser
 
 

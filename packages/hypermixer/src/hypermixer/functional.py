@@ -94,6 +94,14 @@ def exact_sums(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def same_autocast(kind: str) -> Callable[[], AbstractContextManager[object]]:
+    """Capture the autocast state of a device type, so that a recomputation runs under it."""
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
+
+
 def sum_over_tokens(weights: Tensor, value: Tensor) -> Tensor:
     """Return weightsᵀ·value (H, B, r, f), summed over tokens in float32 or better."""
     dtype = accumulation_dtype(torch.promote_types(weights.dtype, value.dtype))

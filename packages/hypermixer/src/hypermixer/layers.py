@@ -109,7 +109,12 @@ class HyperMixerEncoderLayer(nn.Module):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Return the layer's output, of src's shape; see nn.TransformerEncoderLayer."""
+        """Return the layer's output, of src's shape; see nn.TransformerEncoderLayer.
+
+        NaN and infinity in padded tokens count as zeros, so that they reach no parameter's gradient.
+        """
+        if isinstance(src_key_padding_mask, Tensor) and not src.is_nested:
+            src = self._clear_padding(src, src_key_padding_mask)
 
         def mix(x: Tensor) -> Tensor:
             out, _ = self.self_attn(
@@ -135,6 +140,14 @@ class HyperMixerEncoderLayer(nn.Module):
             return self.norm2(src + features(src))  # type: ignore[no-any-return]
         src = src + self.scale1 * mix(src)
         return src + self.scale2 * features(src)
+
+    def _clear_padding(self, src: Tensor, mask: Tensor) -> Tensor:
+        turn = mask.dim() == 2 and not self.self_attn.batch_first
+        rows = mask.T if turn else mask
+        if rows.shape != src.shape[:-1]:
+            return src  # the mixer says what is wrong with the mask
+        ignore = rows == float("-inf") if rows.is_floating_point() else rows.bool()
+        return src.masked_fill(ignore.unsqueeze(-1) & ~src.isfinite(), 0.0)
 
 
 class ConvolutionModule(nn.Module):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hypermixer import _checks, kernels
-from hypermixer._checks import is_compiling, same_tensor
+from hypermixer._checks import in_transform, is_compiling, one_gradient, same_tensor
 from hypermixer.base import clear
 from hypermixer.causal import mix_causal
 from hypermixer.chunked import make_plan, mix_chunked
@@ -57,7 +57,9 @@ class HyperMixing(StreamingMixing):
         block_size: block-causal mixing: a token sees its block of this many tokens and all earlier
             blocks. 1 is causal. Implies ``causal``.
         chunk_size: tokens at a time; the extra memory then does not grow with the length, and the
-            backward pass recomputes (it cannot be differentiated twice).
+            backward pass recomputes: it cannot be differentiated twice, and a function given as
+            ``activation`` or ``token_info`` that uses parameters must be a module. Left out under
+            torch.compile and torch.func.
         length_scale: divide P = W1ᵀV by the number of keys ("mean") or its root ("sqrt"). Not in the
             paper, where P grows with the length.
         init: "reference" (as the authors' code draws) or "xavier" (each head's matrices
@@ -104,7 +106,7 @@ class HyperMixing(StreamingMixing):
             query_padding_mask: (B, M); in self-mixing the key's mask by default. A masked row of
                 the result is norm(0), which is LayerNorm's bias.
             position_ids: 0-based positions (N,) or (B, N) for self-mixing, or a pair for the queries
-                and the keys; each counted from 0 by default.
+                and the keys; (T,) for packed and jagged input; each counted from 0 by default.
             cu_seqlens: (sequences + 1,) int32 or int64, cumulative lengths of packed sequences.
 
         Returns:
@@ -115,12 +117,15 @@ class HyperMixing(StreamingMixing):
             TypeError: for integer tensors and masks of other dtypes.
             IndexError: for a position beyond a learned table.
         """
-        if query.is_nested:
-            return self._forward_jagged(query, key, key_padding_mask)
+        if getattr(query, "is_nested", False):
+            masked = key_padding_mask is not None or query_padding_mask is not None
+            if masked or cu_seqlens is not None:
+                raise ValueError("a jagged query has no padding: give no mask and no cu_seqlens")
+            return self._forward_jagged(query, key, value, position_ids)
         if cu_seqlens is not None:
-            return self._forward_packed(
-                query, key, value, cu_seqlens, position_ids, key_padding_mask
-            )
+            if key_padding_mask is not None or query_padding_mask is not None:
+                raise ValueError("give cu_seqlens or padding masks, not both")
+            return self._forward_packed(query, key, value, cu_seqlens, position_ids)
         _checks.tokens("query", query, self.embed_dim)
         same = key is None or same_tensor(key, query)
         keys = query if key is None else key
@@ -143,7 +148,8 @@ class HyperMixing(StreamingMixing):
         _checks.position_ids(query_ids, batch, length)
         _checks.position_ids(key_ids, batch, keys.shape[1])
         starts = self._starts(length, keys.shape[1], query_ids, key_ids, query.device)
-        shared = same and query_mask is key_mask and query_ids is key_ids
+        one = same and one_gradient(keys, query)
+        shared = one and query_mask is key_mask and query_ids is key_ids
         chunk = self._chunk(query, keys.shape[1])
         if chunk is not None:
             scale = self._scale(self._count(keys, key_mask))
@@ -177,7 +183,7 @@ class HyperMixing(StreamingMixing):
         Without gradients a CPU is fastest on pieces that stay in its caches, so that long sequences
         are cut even where no ``chunk_size`` was asked for.
         """
-        if self.causal or is_compiling():
+        if self.causal or is_compiling() or in_transform():
             return None
         if self.chunk_size is not None or query.device.type != "cpu" or torch.is_grad_enabled():
             return self.chunk_size
@@ -291,18 +297,22 @@ class HyperMixing(StreamingMixing):
             count = count + exclusive_scan(valid.sum(1, keepdim=True), self.group)
         return self._scale(count)
 
-    def _forward_jagged(self, query: Tensor, key: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _forward_jagged(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, position_ids: PositionIds
+    ) -> Tensor:
         if query.layout != torch.jagged:
             raise NotImplementedError(
                 "nested tensors of the strided layout are not supported; "
                 "make them with torch.nested.nested_tensor(..., layout=torch.jagged)"
             )
-        if mask is not None or not (key is None or key is query):
+        if any(other is not None and other is not query for other in (key, value)):
+            raise ValueError("a jagged query is mixed with itself: give neither key nor value")
+        if query.lengths() is not None:  # type: ignore[attr-defined]
             raise ValueError(
-                "a jagged query is mixed with itself: give neither key nor padding mask"
+                "a jagged query must have its tokens without gaps: call contiguous() on it"
             )
         offsets: Tensor = query.offsets()  # type: ignore[attr-defined]
-        out = self(query.values(), cu_seqlens=offsets)
+        out = self(query.values(), cu_seqlens=offsets, position_ids=position_ids)
         return torch.nested.nested_tensor_from_jagged(out, offsets)
 
     def _forward_packed(
@@ -312,20 +322,19 @@ class HyperMixing(StreamingMixing):
         value: Tensor | None,
         cu_seqlens: Tensor,
         position_ids: PositionIds,
-        mask: Tensor | None,
     ) -> Tensor:
         batched = query.dim() == 3 and query.shape[0] == 1
         x = query[0] if batched else query
         _checks.tokens("query", x, self.embed_dim, ndim=2)
         if not (key is None or same_tensor(key, query)) or value is not None:
             raise ValueError("cu_seqlens packs self-mixing: give neither key nor value")
-        if mask is not None:
-            raise ValueError("give cu_seqlens or key_padding_mask, not both")
         if self.group is not None:
             raise ValueError("cu_seqlens cannot be combined with process_group")
         _checks.cu_seqlens(cu_seqlens, x.shape[0])
         packing = pack(cu_seqlens.to(x.device))
-        ids, _ = _pair(position_ids)
+        ids, key_ids = _pair(position_ids)
+        if ids is not key_ids:
+            raise ValueError("cu_seqlens packs self-mixing: position_ids cannot be a pair")
         _checks.position_ids(ids, 1, x.shape[0])
         out = self._mix_packed(x, packing, packing.position if ids is None else ids)
         return out.unsqueeze(0) if batched else out

@@ -92,7 +92,7 @@ class HyperMixerForSequenceClassification(nn.Module):
         config: sizes and options.
 
     Raises:
-        ValueError: for an unknown pooling.
+        ValueError: for an unknown pooling, sizes that are not positive, or a pad_id that is no id.
 
     Example:
         >>> import torch
@@ -104,6 +104,13 @@ class HyperMixerForSequenceClassification(nn.Module):
     def __init__(self, config: HyperMixerConfig) -> None:
         super().__init__()
         _checks.one_of("pooling", config.pooling, ("mean", "first"))
+        _checks.positive("vocab_size", config.vocab_size)
+        _checks.positive("num_classes", config.num_classes)
+        if config.pad_id is not None and not 0 <= config.pad_id < config.vocab_size:
+            raise ValueError(
+                f"pad_id must be None or an id below vocab_size={config.vocab_size}, "
+                f"got {config.pad_id}"
+            )
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, padding_idx=config.pad_id)
         self.encoder = HyperMixerEncoder(
@@ -131,9 +138,14 @@ class HyperMixerForSequenceClassification(nn.Module):
 
         Raises:
             TypeError: for ids that are not integers.
+            ValueError: for ids that are not (B, N).
         """
         if input_ids.dtype.is_floating_point:
             raise TypeError(f"input_ids must be integers, got {input_ids.dtype}")
+        if input_ids.dim() != 2:
+            raise ValueError(
+                f"input_ids must have shape (batch, length), got {tuple(input_ids.shape)}"
+            )
         if key_padding_mask is None and self.config.pad_id is not None:
             key_padding_mask = input_ids == self.config.pad_id
         mask = _checks.padding_mask("key_padding_mask", key_padding_mask, *input_ids.shape)

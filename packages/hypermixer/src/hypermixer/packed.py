@@ -99,9 +99,10 @@ def mix_packed(
     """
 
     def blocks(x: Tensor) -> Tensor:
-        return x[:, 0][:, packing.rows]
+        # A place without a token repeats token 0, whose NaN would reach other sequences: 0·NaN is NaN.
+        return x[:, 0][:, packing.rows].masked_fill(packing.empty.unsqueeze(-1), 0.0)
 
-    values = blocks(value).masked_fill(packing.empty.unsqueeze(-1), 0.0)
+    values = blocks(value)
     sums = token_state(blocks(g1), values, bias=c1 is not None)
     state = sums.new_zeros(sums.shape[0], len(packing.lengths), *sums.shape[2:])
     state = state.index_add(1, packing.sequence, sums)

@@ -23,6 +23,19 @@ class StreamingMixing(HyperMixingBase):
         sums = weight.new_zeros(batch_size, heads, hidden + self.bias, width, dtype=dtype)
         return MixingState(sums, weight.new_zeros(batch_size, dtype=dtype))
 
+    def _check_state(self, state: MixingState, name: str, tokens: Tensor) -> None:
+        if state.sums.shape[0] != tokens.shape[0]:
+            raise ValueError(
+                f"the state holds {state.sums.shape[0]} sequences, but {name} has {tokens.shape[0]}"
+            )
+        heads, hidden, width = self.w1.fc1_weight.shape
+        expected = (heads, hidden + self.bias, width)
+        if tuple(state.sums.shape[1:]) != expected:
+            raise ValueError(
+                f"the state holds sums of shape {tuple(state.sums.shape[1:])}, but this layer's are "
+                f"{expected}: it comes from a layer of other sizes"
+            )
+
     def write(
         self,
         state: MixingState,
@@ -51,10 +64,7 @@ class StreamingMixing(HyperMixingBase):
         """
         value = key if value is None else value
         _checks.key_value(key, key, value, self.embed_dim)
-        if state.sums.shape[0] != key.shape[0]:
-            raise ValueError(
-                f"the state holds {state.sums.shape[0]} sequences, but key has {key.shape[0]}"
-            )
+        self._check_state(state, "key", key)
         if remove and position_ids is None and self.token_info is not None:
             raise ValueError("removing keys needs the position_ids they were written with")
         ignore = _checks.padding_mask("mask", mask, *key.shape[:2])
@@ -77,10 +87,7 @@ class StreamingMixing(HyperMixingBase):
         self, state: MixingState, query: Tensor, ids: Tensor | None, start: int
     ) -> Tensor:
         _checks.tokens("query", query, self.embed_dim)
-        if state.sums.shape[0] != query.shape[0]:
-            raise ValueError(
-                f"the state holds {state.sums.shape[0]} sequences, but query has {query.shape[0]}"
-            )
+        self._check_state(state, "query", query)
         _checks.position_ids(ids, *query.shape[:2])
         g = self._reader.hidden(self._inform(query, ids, start))
         y = self._read(state.sums.transpose(0, 1), g, self._scale(state.count))
@@ -98,7 +105,8 @@ class StreamingMixing(HyperMixingBase):
 
         Raises:
             RuntimeError: if the layer is not causal.
-            ValueError: for more tokens than a block has.
+            ValueError: for more tokens than a block has, or after a block that was cut short: its
+                outputs would have to change. Only the last block may be short.
         """
         if self.block_size is None:
             raise RuntimeError("step() needs a layer made with causal=True or block_size=...")
@@ -108,6 +116,11 @@ class StreamingMixing(HyperMixingBase):
         if block.shape[1] > self.block_size:
             raise ValueError(
                 f"x has {block.shape[1]} tokens, but a block has block_size={self.block_size}"
+            )
+        if state.position % self.block_size:
+            raise ValueError(
+                f"the state ends within a block, after {state.position} tokens, but "
+                f"block_size={self.block_size}: give each block whole"
             )
         after = self.write(state, block)
         y = self._read_from(after, block, None, state.position)

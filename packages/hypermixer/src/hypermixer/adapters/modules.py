@@ -87,7 +87,10 @@ class HuggingFaceAttention(nn.Module):
         for name in ("past_key_values", "past_key_value", "encoder_hidden_states"):
             if kwargs.get(name) is not None:
                 raise NotImplementedError(f"{name} is for decoders; this layer mixes an encoder's")
-        return self.mixing(hidden_states, key_padding_mask=padding_of(attention_mask)), None
+        padding = padding_of(attention_mask)
+        if padding is not None and padding.shape[0] == 1:  # one mask for the batch
+            padding = padding.expand(hidden_states.shape[0], -1)
+        return self.mixing(hidden_states, key_padding_mask=padding), None
 
 
 class SpeechBrainAttention(nn.Module):

@@ -16,7 +16,7 @@ from hypermixer.adapters.modules import (
     TimmAttention,
 )
 from hypermixer.attention import HyperMixingAttention
-from hypermixer.layers import HyperMixerEncoderLayer
+from hypermixer.layers import HyperConformerLayer, HyperMixerEncoderLayer
 from hypermixer.mixing import HyperMixing
 
 Which = str | Callable[[str, nn.Module], bool] | None
@@ -26,6 +26,16 @@ _HF_SELF = re.compile(
     r"(Bert|Roberta|XLMRoberta|Electra|ViT|Camembert|Data2VecText|DeiT)(Sdpa)?SelfAttention"
 )
 _HF_WHOLE = ("ViTAttention", "DeiTAttention")
+_OURS = (
+    HyperMixing,
+    HyperMixingAttention,
+    HyperMixerEncoderLayer,
+    HyperConformerLayer,
+    HuggingFaceAttention,
+    MixedTokens,
+    SpeechBrainAttention,
+    TimmAttention,
+)
 
 
 @dataclass
@@ -69,7 +79,9 @@ def _set(model: nn.Module, name: str, module: nn.Module) -> None:
 def _chosen(which: Which, name: str, module: nn.Module) -> bool:
     if which is None:
         return True
-    return re.search(which, name) is not None if isinstance(which, str) else which(name, module)
+    if callable(which):
+        return which(name, module)
+    return re.search(which, name) is not None
 
 
 class _Surgeon:
@@ -192,8 +204,8 @@ def convert(
     reported with the reason, are decoders, cross-attention where it is recognised or where
     ``tied=True``, and attention with relative positions.
 
-    A model that is itself an nn.MultiheadAttention cannot be changed in place: use
-    :class:`hypermixer.HyperMixingAttention`.
+    A model that is itself an attention module cannot be changed in place: use
+    :class:`hypermixer.HyperMixingAttention`. A module that several parents hold stays one module.
 
     Args:
         model: any torch, timm or transformers model.
@@ -206,7 +218,8 @@ def convert(
         A report, which holds the model and can restore it.
 
     Raises:
-        ValueError: for sizes that do not go together.
+        ValueError: for sizes that do not go together, a model that is itself an attention module,
+            and a regular expression that is none.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(16, 2, batch_first=True)
@@ -214,22 +227,32 @@ def convert(
         replaced 1, skipped 0
           replaced  0.self_attn (MultiheadAttention)
     """
-    if isinstance(model, nn.MultiheadAttention):
-        raise ValueError(  # noqa: TRY004 - the class is right, its place is not
-            "model is an nn.MultiheadAttention itself, which cannot be replaced in place; "
-            "make a hypermixer.HyperMixingAttention"
-        )
+    if isinstance(which, str):
+        try:
+            re.compile(which)
+        except re.error as error:
+            raise ValueError(f"which={which!r} is no regular expression: {error}") from error
     surgeon = _Surgeon(num_heads, hidden_dim, options)
+    if not isinstance(model, _OURS) and isinstance(
+        surgeon.replace("", model, nn.Module()), nn.Module
+    ):
+        raise ValueError(  # noqa: TRY004 - the class is right, its place is not
+            f"model is an attention module itself ({type(model).__name__}), which cannot be replaced "
+            "in place; make a hypermixer.HyperMixingAttention, or convert the module that holds it"
+        )
     report = Report(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.TransformerEncoder):
+    made: dict[nn.Module, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        seen = any(module is encoder for encoder, _, _ in report._flags)
+        if isinstance(module, nn.TransformerEncoder) and not seen:
             flags = (module.use_nested_tensor, module.enable_nested_tensor)
             report._flags.append((module, *flags))
         inside = name.startswith(tuple(f"{done}." for done in report._originals))
         if not name or inside or _is_ours(module, name, model):
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
-        answer = surgeon.replace(name, module, parent)
+        # A module that several parents hold stays one module.
+        answer = made.get(module) or surgeon.replace(name, module, parent)
         kind = type(module).__name__
         if answer is None:
             continue
@@ -238,7 +261,7 @@ def convert(
         elif not _chosen(which, name, module):
             report.skipped.append((name, kind, "not chosen by which"))
         else:
-            answer.train(module.training)
+            made[module] = answer.train(module.training)
             _set(model, name, answer)
             report._originals[name] = module
             report.replaced.append((name, kind))
@@ -251,7 +274,6 @@ def convert(
 
 def _is_ours(module: nn.Module, name: str, model: nn.Module) -> bool:
     """Tell whether a module is, or lies in, a layer of this package."""
-    ours = (HyperMixing, HyperMixingAttention, HyperMixerEncoderLayer, HuggingFaceAttention)
     parts = name.split(".")
     above = (model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))
-    return isinstance(module, ours) or any(isinstance(m, ours) for m in above)
+    return isinstance(module, _OURS) or any(isinstance(m, _OURS) for m in above)
