@@ -462,6 +462,9 @@ def test_saving_what_was_given_as_modules_and_float64(tmp_path: Any) -> None:
     loaded = dense_hf.load(transformers.GPT2LMHeadModel, tmp_path)
     assert torch.equal(loaded.dwa.weight, model.dwa.weight)
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    undensify(loaded).save_pretrained(tmp_path / "plain")  # says no longer that it is densified
+    with pytest.raises(ValueError, match="its config has no 'denseformer'"):
+        dense_hf.load(transformers.GPT2LMHeadModel, tmp_path / "plain")
 
 
 def test_timm_switch_returns_to_what_densify_was_told() -> None:

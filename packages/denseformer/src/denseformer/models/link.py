@@ -129,7 +129,7 @@ class DenseBlock:
         return super().prepare(residual)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (DenseBlock, original(self)), _state(self, protocol)
+        return _rebuild, (DenseBlock, original(self)), _state(self)
 
 
 def _run_block(link: Link, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -167,7 +167,7 @@ class DenseModel:
         return had
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (DenseModel, original(self)), _state(self, protocol)
+        return _rebuild, (DenseModel, original(self)), _state(self)
 
 
 _CLASSES: dict[tuple[Any, Any], Any] = {}
@@ -187,9 +187,10 @@ def original(module: object) -> type:
     return cast(type, type(module)._dense_original)  # type: ignore[attr-defined]
 
 
-def _state(module: object, protocol: Any) -> Any:
+def _state(module: object) -> Any:
     """Return what a module's own ``__getstate__`` gives, or its attributes."""
-    return object.__reduce_ex__(module, max(2, protocol))[2]
+    own = getattr(module, "__getstate__", None)  # every object has one from Python 3.11 on
+    return vars(module) if own is None else own()
 
 
 def _rebuild(mixin: type, cls: type) -> Any:
