@@ -45,8 +45,8 @@ def from_reference(
     wanted = {m: len(spec.sources(i)) for m, i in zip(_names(spec, layout), spec.rows, strict=True)}
     if sizes != wanted:
         error_msgs.append(
-            f"the stored DWA (authors' layout) has rows {{{layout}: number of weights}} {sizes}, this one "
-            f"({spec}) {wanted}"
+            f"the stored DWA (authors' layout, '{layout}.N.weight') has rows N of {sizes} weights, this one "
+            f"({spec}) of {wanted}"
         )
         return
     state_dict[prefix + "weight"] = torch.cat([found[m] for m in sorted(found)])
