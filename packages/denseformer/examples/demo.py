@@ -71,7 +71,8 @@ def plot(results: dict[str, Any], runs: dict[str, Any], seeds: list[int], file: 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     dwa = compare.dwa_of(results["1x1"])
     assert dwa is not None
-    analysis.plot_weights(dwa, left).set_title("learned α, 1x1, first seed")
+    analysis.plot_weights(dwa, left)
+    left.set_title("learned α, 1x1, first seed")
     plain = [list(r["validation"].values())[-1] for r in runs["plain"]]
     for n, name in enumerate(NAMES[1:]):
         gaps = [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import matplotlib as mpl
 import pytest
@@ -26,17 +27,24 @@ def test_matrix_and_off_diagonal_are_the_rows() -> None:
     assert analysis.off_diagonal(dwa).tolist() == others
 
 
-def test_plots_return_their_axes() -> None:
+def test_plots_show_the_weights(tmp_path: Path) -> None:
     import matplotlib.pyplot as plt
 
     dwa = randomise(DWA(6, 2))
-    ax = analysis.plot_weights(dwa)
-    shown = ax.images[0]
+    figure = analysis.plot_weights(dwa)
+    figure.savefig(tmp_path / "alpha.png")
+    assert (tmp_path / "alpha.png").stat().st_size > 0
+    shown = figure.axes[0].images[0]
     assert (shown.norm.vmin, shown.norm.vmax, shown.norm.linthresh) == (-1, 1, 0.05)
     assert shown.get_array().shape == (6, 7)
     assert int(shown.get_array().count()) == dwa.spec.nnz
-    _, mine = plt.subplots()
-    assert analysis.plot_weights(dwa, mine) is mine
+    own, mine = plt.subplots()
+    assert analysis.plot_weights(dwa, mine) is own
+    assert len(mine.images) == 1
+    with pytest.warns(UserWarning, match="plain"):
+        empty = DWA(3, period=4)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        analysis.plot_weights(empty)
     history = analysis.WeightHistory(dwa)
     for step in (0, 5):
         history.record(step)
@@ -136,3 +144,38 @@ def test_suggestions_satisfy_the_rule_of_interplay() -> None:
     assert [s.traffic for s in found] == sorted((s.traffic for s in found), reverse=True)
     with pytest.raises(ValueError, match="depth must be at least 1"):
         suggest(0)
+
+
+def test_cosine_looks_at_the_blocks_that_were_densified() -> None:
+    class Twin(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.second = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.again = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in (*self.first, *self.second, self.again, self.again):
+                x = layer(x)
+            return x
+
+    x = torch.randn(5, 4)
+    for blocks, start in (("second", 3), (None, 6)):
+        model = Twin()
+        plain = [*model.first, *model.second, model.again, model.again]
+        densify(model, blocks=blocks or [model.again] * 2)
+        seen = [x]
+        for layer in plain:
+            seen.append(F.linear(seen[-1], layer.weight, layer.bias))
+        depth = model.dwa.depth
+        want = [F.cosine_similarity(y, seen[start], dim=-1).mean() for y in seen[start:][:depth]]
+        found = analysis.cosine_to_embedding(model, x)
+        torch.testing.assert_close(found, torch.stack(want))
+
+
+def test_a_share_that_is_a_whole_number_of_weights_is_that_number() -> None:
+    dwa = randomise(DWA(10, pattern="final"))  # 11 weights
+    assert analysis.prune(dwa, 0.0) == 0
+    hundred = randomise(DWA(99, pattern="final"))
+    for percent in range(101):
+        assert analysis.prune(hundred, percent / 100) == percent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -97,3 +98,27 @@ def test_checkpoints_cross_between_both_classes() -> None:
     again: Any = DWA(6, 2, 3)
     again.load_state_dict(modules.state_dict())
     assert torch.equal(again.weight, dwa.weight)
+
+
+def test_rows_of_another_period_are_refused_although_their_sizes_agree() -> None:
+    stored = randomise(DWA(25, 5, 5)).to_reference_state_dict()  # rows of 2, 3, 4, 5 and 6 weights
+    here = DWA(20, 4, 4)
+    assert [len(here.sources(i)) for i in here.rows] == [len(v[0]) for v in stored.values()]
+    with pytest.raises(RuntimeError, match=r"authors' layout.*24: 6.*19: 6"):
+        here.load_state_dict(stored)
+
+
+def test_an_unfinished_pass_does_not_stop_copies() -> None:
+    modules, _ = pair(1, 1)
+    x = torch.randn(2, 3, requires_grad=True)
+    modules.init_accumulators(x)
+    modules(x.sin(), block_idx=0)
+    for made in (copy.deepcopy(modules), pickle.loads(pickle.dumps(modules))):
+        assert torch.equal(through(made, x), through(pair(1, 1)[0], x))
+        with pytest.raises(RuntimeError, match="expected init_accumulators"):
+            made(x, block_idx=1)
+
+
+def test_a_period_beyond_the_depth_warns() -> None:
+    with pytest.warns(UserWarning, match="beyond n_blocks=4"):
+        assert not DWAModules(4, 1, 5).state_dict()

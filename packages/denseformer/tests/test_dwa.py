@@ -178,7 +178,7 @@ def test_the_authors_layouts_in_and_out() -> None:
     holder = nn.ModuleDict({"inner": DWA(6, 2, groups=2)})
     holder.load_state_dict({f"inner.{k}": v for k, v in state.items()})
     assert torch.equal(holder["inner"].weight, grouped.weight)
-    with pytest.raises(RuntimeError, match=r"rows of \[1, 2, 2\] weights"):
+    with pytest.raises(RuntimeError, match=r"rows N of \{0: 1, 1: 2, 2: 2\} weights"):
         DWA(6).load_state_dict(state)
     with pytest.raises(ValueError, match="layout must be 'alphas' or 'weights', got 'x'"):
         dwa.to_reference_state_dict("x")

@@ -11,7 +11,7 @@ import torch
 from conftest import oracle, randomise, relative
 from torch import Tensor, nn
 
-from denseformer import densify, undensify
+from denseformer import analysis, densify, undensify
 from denseformer import hf as dense_hf
 
 pytestmark = pytest.mark.filterwarnings(
@@ -247,7 +247,9 @@ def test_loading_what_a_trainer_wrote(tmp_path: Any, capfd: Any) -> None:
         model.save_pretrained(tmp_path, max_shard_size=size)
         again = dense_hf.load(transformers.GPT2LMHeadModel, tmp_path).eval()
         assert torch.equal(again(x).logits, model(x).logits)
-    undensify(model).save_pretrained(tmp_path / "none")
+    field = model.config.denseformer
+    undensify(model).config.denseformer = field  # the field without the weights
+    model.save_pretrained(tmp_path / "none")
     with pytest.raises(ValueError, match="no weights of averages"):
         dense_hf.load(transformers.GPT2LMHeadModel, tmp_path / "none")
     capfd.readouterr()
@@ -434,3 +436,42 @@ def test_x_transformers_variants_that_do_not_fit_are_named() -> None:
     )
     with pytest.raises(ValueError, match="no feed-forward"):
         densify(attention_only)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_cosine_follows_the_stream_of_x_transformers(dense: bool) -> None:
+    model = x_decoder().eval()
+    stack = model.attn_layers
+    seen: list[Tensor] = []
+    for norm, layer, _ in (stack.layers[n] for n in range(0, len(stack.layers), 2)):
+        assert layer is not None
+        norm[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    if dense:
+        randomised(densify(model))
+    model(TOKENS)
+    streams, seen[:] = list(seen), []
+    want = [torch.cosine_similarity(y, streams[0], dim=-1).mean() for y in streams]
+    found = analysis.cosine_to_embedding(model, TOKENS)
+    torch.testing.assert_close(found, torch.stack(want))
+
+
+def test_saving_what_was_given_as_modules_and_float64(tmp_path: Any) -> None:
+    model = gpt2().eval()
+    densify(model, blocks=list(model.transformer.h)[1:4], dtype=torch.float64)
+    with torch.no_grad():
+        model.dwa.weight.add_(1e-10)
+    dense_hf.save(model, tmp_path)
+    loaded = dense_hf.load(transformers.GPT2LMHeadModel, tmp_path)
+    assert torch.equal(loaded.dwa.weight, model.dwa.weight)
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    undensify(loaded).save_pretrained(tmp_path / "plain")  # says no longer that it is densified
+    with pytest.raises(ValueError, match="its config has no 'denseformer'"):
+        dense_hf.load(transformers.GPT2LMHeadModel, tmp_path / "plain")
+
+
+def test_timm_switch_returns_to_what_densify_was_told() -> None:
+    model = densify(timm_vit(), checkpoint="mix")
+    model.set_grad_checkpointing()
+    assert model._dense.checkpoint is True
+    model.set_grad_checkpointing(False)
+    assert model._dense.checkpoint == "mix"

@@ -7,7 +7,7 @@ import gc
 import pickle
 import threading
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from denseformer import (
     DWA,
     DenseStack,
+    DWAModules,
     GainedResidual,
     SkipsWithGains,
     densify,
     param_groups,
     report,
+    skip_block,
     undensify,
 )
 from denseformer.core import kernels
 from denseformer.models.surgery import find_blocks
+from denseformer.pipeline import split
 
 
 class Block(nn.Module):
@@ -426,8 +429,98 @@ def test_densifying_twice_is_refused() -> None:
 
 
 def test_set_grad_checkpointing_is_for_models_that_have_it() -> None:
-    with pytest.raises(AttributeError, match="no such switch"):
-        densify(Net()).set_grad_checkpointing()
+    assert not hasattr(densify(Net()), "set_grad_checkpointing")
+
+    class Own(Net):
+        asked: bool | None = None
+
+        def set_grad_checkpointing(self, enable: bool = True) -> None:
+            self.asked = enable
+
+    model = densify(Own())
+    model.set_grad_checkpointing(False)  # the model's own, not timm's
+    assert model.asked is False
+
+
+def test_a_block_left_out_is_declared() -> None:
+    class Dropping(Net):
+        left_out: tuple[int, ...] = ()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for n, block in enumerate(self.blocks, start=1):
+                x = skip_block(self, x) if n in self.left_out else block(x)
+            return x
+
+    plain = Dropping()
+    depth = len(plain.blocks)
+    calls: list[Any] = [copy.deepcopy(b) for b in plain.blocks]
+    model = densify(plain, 2)
+    randomise_model(model)
+    x = torch.randn(2, 3, 8)
+    for left_out in ((), (1,), (2, 3), (depth,), tuple(range(1, depth + 1))):
+        model.left_out = left_out
+        taken = [nn.Identity() if n in left_out else b for n, b in enumerate(calls, start=1)]
+        torch.testing.assert_close(model(x), oracle(model.dwa, x, taken), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="not densified"):
+        skip_block(Net(), x)
+
+
+def test_a_blocks_own_pickled_state_is_respected() -> None:
+    model = densify(nn.ModuleDict({"stack": nn.Sequential(WithHandle(), WithHandle())}))
+    loaded = pickle.loads(pickle.dumps(model))
+    assert [b.handle() for b in loaded["stack"]] == [1, 1]
+    x = torch.randn(2, 4)
+    assert torch.equal(loaded["stack"](x), model["stack"](x))
+
+
+class WithHandle(nn.Linear):
+    """Holds what no pickle can, and leaves it out of its state."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.handle = lambda: 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = lambda: 1
+
+
+def test_named_tuples_stay_named() -> None:
+    out = Pair(torch.ones(2), 3)
+    y = DWA(2, init_scale=0.5).begin(torch.ones(2))(out)
+    assert type(y) is Pair
+    assert y.first.tolist() == [1.5, 1.5]
+    assert y.second == 3
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: int
+
+
+@pytest.mark.parametrize("value", [1, 0, "all", None])
+def test_other_values_of_checkpoint_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint must be False, True or 'mix'"):
+        DenseStack([nn.Linear(2, 2)], checkpoint=value)
+
+
+def test_averages_of_every_kind_are_a_group_of_their_own() -> None:
+    for averages in (DWA(4), DWAModules(4), *split(DWA(4), [2])):
+        model = nn.ModuleDict({"averages": averages, "head": nn.Linear(2, 2, bias=False)})
+        groups = param_groups(model, 0.1, lr=1.0, dwa_lr_mult=3.0)
+        found = {g["name"]: (g["params"], g["weight_decay"], g["lr"]) for g in groups}
+        assert set(found) == {"decay", "dwa"}
+        assert list(map(id, found["dwa"][0])) == list(map(id, averages.parameters()))
+        assert found["dwa"][1:] == (0.0, 3.0)
+
+
+def test_lists_without_modules_are_no_stack() -> None:
+    model = Net()
+    model.nothing = nn.ModuleList([None] * 40)  # type: ignore[list-item]
+    assert find_blocks(model)[0] == "blocks"
 
 
 # torch.nn

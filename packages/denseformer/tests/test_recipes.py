@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -323,3 +324,53 @@ def test_a_plain_checkpoint_of_torch_save_is_read(tmp_path: Path) -> None:
     torch.save({f"dwa.{k}": v for k, v in dwa.state_dict().items()}, tmp_path / "x.pt")
     assert cli.read_dwa(tmp_path / "x.pt").spec == dwa.spec
     assert analysis.off_diagonal(dwa).abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("junk.safetensors", "is no checkpoint"),
+        ("junk.pt", "is no checkpoint"),
+        ("list.pt", "holds a list"),
+        ("names.pt", "holds 0 sets"),
+        ("lone.pt", "holds 0 sets"),
+        ("format.pt", "unknown format"),
+        ("short.pt", r"holds \(4,\) weights"),
+    ],
+)
+def test_unreadable_checkpoints_exit_with_2(
+    name: str, message: str, tmp_path: Path, capsys: Any
+) -> None:
+    geometry = DWA(3).geometry
+    made: dict[str, Any] = {
+        "list.pt": [1, 2],
+        "names.pt": {"geometry": 3},
+        "lone.pt": {"geometry": geometry},
+        "format.pt": {"geometry": geometry + 9, "weight": torch.ones(9)},
+        "short.pt": {"geometry": geometry, "weight": torch.ones(4)},
+    }
+    path = tmp_path / name
+    if name in made:
+        torch.save(made[name], path)
+    else:
+        path.write_bytes(b"junk, not a checkpoint")
+    assert cli.main(["inspect", str(path)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--heads 0", "--steps 0", "--every 0", "--batch 0", "--context 0", "--context 99999999",
+     "--width -8", "--delay -1", "--compare 0", "--compare -1", "--dilation 0"],
+)  # fmt: skip
+def test_training_options_out_of_range_exit_with_2(option: str, capsys: Any) -> None:
+    assert cli.main(["train", "--quiet", *option.split()]) == 2
+    assert option.split()[0].strip("-") in capsys.readouterr().err
+
+
+def test_other_numbers_out_of_range_exit_with_2(tmp_path: Path, capsys: Any) -> None:
+    torch.save(DWA(3).state_dict(), tmp_path / "x.pt")
+    assert cli.main(["inspect", str(tmp_path / "x.pt"), "--top", "-3"]) == 2
+    assert cli.main(["bench", "--repeats", "0"]) == 2
+    assert cli.main(["bench", "--numel", "0"]) == 2
+    assert capsys.readouterr().err.count("at least") == 3

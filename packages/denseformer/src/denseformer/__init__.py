@@ -7,7 +7,7 @@ from denseformer.core.run import DepthRun
 from denseformer.models.gains import GainedResidual, SkipsWithGains
 from denseformer.models.recompute import recomputing
 from denseformer.models.stack import DenseStack
-from denseformer.models.surgery import densify, report, undensify
+from denseformer.models.surgery import densify, report, skip_block, undensify
 from denseformer.optim import param_groups
 
 __version__ = "0.1.0"
@@ -23,5 +23,6 @@ __all__ = [
     "param_groups",
     "recomputing",
     "report",
+    "skip_block",
     "undensify",
 ]

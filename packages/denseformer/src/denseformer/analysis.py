@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from denseformer.core.dwa import DWA
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def weight_matrix(dwa: DWA) -> Tensor:
@@ -43,16 +44,19 @@ def _pyplot() -> Any:
     return plt
 
 
-def plot_weights(dwa: DWA, ax: Axes | None = None) -> Axes:
+def plot_weights(dwa: DWA, ax: Axes | None = None) -> Figure:
     """Draw α as the paper does (Figure 4): lines are averages, columns X_j.
 
     The colours are logarithmic in both directions, linear below 0.05, with limits ±1. Weights outside
-    S_i stay white. Returns the Axes; ``.figure.savefig`` writes it.
+    S_i stay white. Returns the figure (that of ``ax`` where given); ``.savefig`` writes it.
 
     Raises:
         ImportError: matplotlib is missing (extra ``plot``).
+        ValueError: there is no average, hence nothing to draw.
     """
     plt = _pyplot()
+    if not dwa.rows:
+        raise ValueError(f"nothing to draw: {dwa.spec}")
     from matplotlib.colors import SymLogNorm
 
     ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
@@ -72,7 +76,7 @@ def plot_weights(dwa: DWA, ax: Axes | None = None) -> Axes:
         title=f"α, {dwa.spec.dilation}x{dwa.spec.period}",
     )
     ax.figure.colorbar(image, ax=ax, ticks=[-1, -0.1, 0, 0.1, 1])
-    return ax
+    return cast("Figure", ax.figure)
 
 
 def prune(dwa: DWA, fraction: float, *, keep_diagonal: bool = False) -> int:
@@ -98,7 +102,7 @@ def prune(dwa: DWA, fraction: float, *, keep_diagonal: bool = False) -> int:
     size = dwa.weight.detach().abs()
     if keep_diagonal:
         size[dwa._ends()] = torch.inf
-    count = int(fraction * dwa.spec.nnz)
+    count = int(fraction * dwa.spec.nnz + 1e-9)  # 0.29 of 100 is 29, not 28.999...
     if keep_diagonal:
         count = min(count, dwa.spec.nnz - len(dwa.rows))
     with torch.no_grad():
@@ -138,20 +142,19 @@ def cosine_to_embedding(
     Args:
         model: a densified model, one with a :class:`DenseStack`, or a plain one; called once without
             gradients as ``model(*batch, **kwargs)``.
-        blocks: its blocks in order; found as by :func:`densify` where absent.
+        blocks: its blocks in order; absent: those that :func:`densify` took, or would take.
 
     Returns:
         (depth,) on the CPU; the first is 1.
     """
+    at = 0
     if blocks is None:
-        from denseformer.models.surgery import find_blocks
-
-        blocks = find_blocks(model)[1]
+        blocks, at = _own_blocks(model)
     seen: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = [*args, *kwargs.values()]
-        seen.append(next(v for v in values if isinstance(v, Tensor)).detach().float())
+        tensors = [v for v in [*args, *kwargs.values()] if isinstance(v, Tensor)]
+        seen.append(tensors[at].detach().float())
 
     handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in dict.fromkeys(blocks)]
     try:
@@ -161,6 +164,17 @@ def cosine_to_embedding(
         for handle in handles:
             handle.remove()
     return torch.stack([F.cosine_similarity(y, seen[0], dim=-1).mean().cpu() for y in seen])
+
+
+def _own_blocks(model: nn.Module) -> tuple[Sequence[nn.Module], int]:
+    """Return the modules that take the stream into each block, and which of their tensors it is."""
+    from denseformer.adapters import x_transformers
+    from denseformer.models.surgery import find_blocks
+
+    link = model.__dict__.get("_dense")
+    if (link is None or link.opened_apart) and (special := x_transformers.find(model)):
+        return special.entries, 1  # called as residual(output, stream)
+    return (find_blocks(model)[1] if link is None else link.blocks), 0
 
 
 def singular_values(model: nn.Module) -> dict[str, Tensor]:

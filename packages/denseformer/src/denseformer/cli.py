@@ -91,6 +91,7 @@ def _say(arguments: argparse.Namespace) -> Any:
 
 
 def _train(arguments: argparse.Namespace) -> Any:
+    from denseformer.core.geometry import check_int
     from denseformer.recipes import data
     from denseformer.recipes.compare import compare, study
     from denseformer.recipes.gpt import GPTConfig
@@ -111,7 +112,8 @@ def _train(arguments: argparse.Namespace) -> Any:
         delay=arguments.delay, seed=arguments.seed, every=arguments.every,
     )  # fmt: skip
     say = _say(arguments)
-    if arguments.compare:
+    if arguments.compare is not None:
+        check_int("compare", arguments.compare)
         seeds = range(arguments.seed, arguments.seed + arguments.compare)
         found = compare(config, corpus, seeds, progress=say)
         shown: Any = found["summary"]
@@ -132,7 +134,7 @@ def _train(arguments: argparse.Namespace) -> Any:
         temporary.write_text(json.dumps(found, indent=1))
         temporary.replace(arguments.out / "results.json")
     keep = ("first_loss", "validation", "train", "seconds")
-    return shown if arguments.json or arguments.compare else {k: shown[k] for k in keep}
+    return shown if arguments.json or arguments.compare is not None else {k: shown[k] for k in keep}
 
 
 def _bench(arguments: argparse.Namespace) -> Any:
@@ -153,36 +155,59 @@ def read_dwa(path: Path) -> DWA:
     """Return the averages found in a checkpoint (``.safetensors``, or what ``torch.save`` wrote).
 
     Raises:
-        ValueError: none, several, or a mask (whose pattern a checkpoint does not hold).
+        ValueError: no checkpoint; none, several, or a mask (whose pattern a checkpoint does not hold).
+        TypeError: something else than a state dict.
         OSError: the file cannot be read.
     """
-    import torch
-
     from denseformer.core.dwa import DWA
-    from denseformer.core.geometry import PATTERNS
+    from denseformer.core.geometry import PATTERNS, describe_code
 
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = torch.load(path, weights_only=True)
+    state = _read(path)
     found = [
-        k[: -len("geometry")] for k in state if k.endswith("geometry") and state[k].shape == (7,)
+        k[: -len("geometry")]
+        for k, v in state.items()
+        if k.endswith("geometry") and v.shape == (7,) and k[: -len("geometry")] + "weight" in state
     ]
     if len(found) != 1:
         raise ValueError(
             f"{path} holds {len(found)} sets of averages (keys ending in 'geometry'), expected 1"
         )
-    _, depth, k, p, groups, kind, last = state[found[0] + "geometry"].tolist()
+    code = state[found[0] + "geometry"].tolist()
+    if (said := describe_code(code)).startswith("unknown"):
+        raise ValueError(f"{path} holds averages of an {said}")
+    _, depth, k, p, groups, kind, last = code
     if PATTERNS[kind] == "mask":
         raise ValueError(
             f"{path} holds averages with a mask, which cannot be rebuilt from a checkpoint"
         )
     weight = state[found[0] + "weight"]
     dwa = DWA(depth, k, p, pattern=PATTERNS[kind], last_k=last, groups=groups, dtype=weight.dtype)
+    if weight.shape != dwa.weight.shape:
+        raise ValueError(f"{path} holds {tuple(weight.shape)} weights for {dwa.spec}")
     dwa.load_state_dict({"weight": weight, "geometry": state[found[0] + "geometry"]})
     return dwa
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the tensors of a checkpoint by name."""
+    import torch
+
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ImportError):
+        raise
+    except (
+        Exception
+    ) as error:  # each reader has errors of its own for a file it cannot make sense of
+        raise ValueError(f"{path} is no checkpoint that can be read: {error}") from error
+    if not isinstance(state, dict):
+        raise TypeError(f"{path} holds a {type(state).__name__}, expected a state dict")
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
 
 
 def _plot(arguments: argparse.Namespace) -> Any:
@@ -191,7 +216,7 @@ def _plot(arguments: argparse.Namespace) -> Any:
     mpl.use("Agg")
     from denseformer.analysis import plot_weights
 
-    figure: Any = plot_weights(read_dwa(arguments.checkpoint)).figure
+    figure = plot_weights(read_dwa(arguments.checkpoint))
     figure.savefig(arguments.out, dpi=150)
     return {"written": str(arguments.out)}
 
@@ -199,6 +224,8 @@ def _plot(arguments: argparse.Namespace) -> Any:
 def _inspect(arguments: argparse.Namespace) -> Any:
     from denseformer.analysis import off_diagonal
 
+    if arguments.top < 0:
+        raise ValueError(f"top must be at least 0, got {arguments.top}")
     dwa = read_dwa(arguments.checkpoint)
     pairs = [(i, j) for i in dwa.rows for j in dwa.sources(i)]
     values = dwa.weight.detach().tolist()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +50,11 @@ class DWAModules(KeepsDtype):
     def __init__(self, n_blocks: int, dilation: int = 1, period: int = 1) -> None:
         super().__init__()
         self.spec = Geometry.build(n_blocks, dilation, period)
+        if not self.spec.rows:
+            warnings.warn(
+                f"period={period} is beyond n_blocks={n_blocks}: no average at all, a plain network",
+                stacklevel=2,
+            )
         self.plan = plan_of(self.spec)
         self.alphas = nn.ModuleDict(
             {str(i - 1): _Row(len(self.spec.sources(i))) for i in self.spec.rows}
@@ -59,6 +67,10 @@ class DWAModules(KeepsDtype):
         weight = torch.cat(rows) if rows else torch.empty(0)
         check_stream(x, "x")
         self._run = DepthRun(self.plan, weight, x, [x])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave a pass that was not finished out of copies and pickles."""
+        return {**self.__dict__, "_run": None}
 
     def forward(self, x: Tensor, block_idx: int) -> Tensor:
         """Take the output of block ``block_idx`` (from 0), return the next block's input."""

@@ -33,8 +33,9 @@ def dwa(xs: Sequence[Tensor], weight: Tensor) -> Tensor:
     xs = list(xs)
     if not xs:
         raise ValueError("xs must hold at least one tensor")
-    if not all(t.is_floating_point() for t in [*xs, weight]):
-        raise TypeError("xs and weight must have floating-point types")
+    terms: list[object] = [*xs, weight]
+    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in terms):
+        raise TypeError("xs and weight must be tensors of floating-point types")
     if weight.shape != (len(xs),):
         raise ValueError(f"weight must have shape ({len(xs)},), got {tuple(weight.shape)}")
     first = xs[0]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from denseformer.core.dwa import DWA
 from denseformer.models.surgery import densify
@@ -47,7 +48,7 @@ def save(model: Any, folder: str | Path) -> None:
         "last_k": spec.last_k,
         "groups": spec.groups,
         "mask": mask,
-        "blocks": link.name,
+        "blocks": _names(model, link.blocks) if link.name is None else link.name,
     }
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("dwa.")}
     model.save_pretrained(folder, state_dict=state)
@@ -56,6 +57,12 @@ def save(model: Any, folder: str | Path) -> None:
     temporary = target.with_suffix(".tmp")
     _safetensors().torch.save_file(own, temporary)
     temporary.replace(target)
+
+
+def _names(model: nn.Module, blocks: Sequence[nn.Module]) -> list[str]:
+    """Return the dotted name of each block, in the order of their calls."""
+    names = {id(m): name for name, m in model.named_modules()}
+    return [names[id(block)] for block in blocks]
 
 
 def load(cls: Any, folder: str | Path, **kwargs: Any) -> Any:
@@ -80,9 +87,13 @@ def load(cls: Any, folder: str | Path, **kwargs: Any) -> Any:
         for line, sources in zip(mask, rows, strict=True):
             line[sources] = True
         config["pattern"] = mask
+    if isinstance(blocks, list):
+        blocks = [model.get_submodule(name) for name in blocks]
     training = model.training
-    densify(model, blocks=blocks, **config)
-    model.dwa.load_state_dict(_read(Path(folder)))
+    state = _read(Path(folder))
+    dtype = torch.float64 if state["weight"].dtype == torch.float64 else torch.float32
+    densify(model, blocks=blocks, dtype=dtype, **config)
+    model.dwa.load_state_dict(state)
     return model.train(training)
 
 

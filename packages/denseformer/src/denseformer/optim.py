@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from denseformer.core.dwa import DWA
+from denseformer.core.dwa import KeepsDtype
 from denseformer.models.gains import GainedResidual
 
 
@@ -41,7 +41,10 @@ def param_groups(
     """
     if dwa_lr_mult != 1 and lr is None:
         raise ValueError("dwa_lr_mult needs lr, the learning rate that it multiplies")
-    own = {id(m.weight) for m in model.modules() if isinstance(m, DWA)}
+    averages = (
+        m for m in model.modules() if isinstance(m, KeepsDtype)
+    )  # of whole nets and of stages
+    own = {id(p) for m in averages for p in m.parameters()}
     gains = {id(m.gain) for m in model.modules() if isinstance(m, GainedResidual)}
     split: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "dwa": []}
     for p in model.parameters():

@@ -33,8 +33,10 @@ def prepare(model: nn.Module, link: Link) -> None:
 
 
 def restore(model: nn.Module, link: Link) -> None:
-    """Switch off the checkpointing that :func:`prepare` switched on."""
+    """Switch off the checkpointing that :func:`prepare` switched on; the config names no averages then."""
     found = _pretrained(model)
+    if found is not None and hasattr(found.config, "denseformer"):
+        del found.config.denseformer
     if found is not None and link.checkpoint is True and not link.own_checkpoint:
         _switch(found, "disable")
 

@@ -11,10 +11,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Found:
-    """The residual modules after which averages stand, and the one through which X_0 enters."""
+    """The residual modules after which averages stand, and those that take the stream into each block."""
 
     blocks: list[nn.Module]
-    opener: nn.Module
+    entries: list[nn.Module]
+
+    @property
+    def opener(self) -> nn.Module:
+        """The one through which X_0 enters."""
+        return self.entries[0]
 
 
 def find(model: nn.Module) -> Found | None:
@@ -41,7 +46,9 @@ def find(model: nn.Module) -> Found | None:
     }
     if bad := [name for name, present in problems.items() if present]:
         raise ValueError(f"x-transformers with {', '.join(bad)} cannot be densified")
-    residuals = [stack.layers[n][2] for n in order if stack.layer_types[n] == "f"]
-    if not residuals:
+    ends = [at for at, n in enumerate(order) if stack.layer_types[n] == "f"]
+    if not ends:
         raise ValueError("the AttentionLayers have no feed-forward layer to attach an average to")
-    return Found(residuals, stack.layers[order[0]][2])
+    residuals = [stack.layers[n][2] for n in order]
+    starts = [0, *(at + 1 for at in ends[:-1])]
+    return Found([residuals[at] for at in ends], [residuals[at] for at in starts])

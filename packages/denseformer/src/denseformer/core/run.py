@@ -150,8 +150,9 @@ class DepthRun:
 
     def __call__(self, x: Any) -> Any:
         """Take X_i (or a tuple that starts with it), return Y_i (or that tuple with it)."""
-        if type(x) is tuple and x:
-            return (self(x[0]), *x[1:])
+        if isinstance(x, tuple) and x:
+            first, rest = self(x[0]), x[1:]
+            return type(x)(first, *rest) if hasattr(x, "_fields") else (first, *rest)
         plan = self._plan
         i = self._depth + 1
         if i > plan.depth:
@@ -198,7 +199,7 @@ class DepthRun:
         self._release()
         if done < depth:
             raise RuntimeError(
-                f"the run ended after {done} of {depth} blocks; use skip() for blocks left out"
+                f"the run ended after {done} of {depth} blocks; use skip(), or skip_block(model, x), for blocks left out"
             )
 
     def payload(self) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ class Link:
     def __init__(self, owner: nn.Module, blocks: list[nn.Module], checkpoint: bool | str) -> None:
         self.owner = owner
         self.blocks = blocks
-        self.checkpoint = checkpoint
+        self.given = self.checkpoint = checkpoint
         self.own_checkpoint = checkpoint is True  # else the library checkpoints its blocks itself
         self.opened_apart = False  # X_0 comes from elsewhere than the first block's arguments
         self.name: str | None = None
@@ -39,6 +39,11 @@ class Link:
     def depth(self) -> int:
         """Number of block calls in a forward pass."""
         return len(self.blocks)
+
+    def recompute_blocks(self, enable: bool = True) -> None:
+        """Recompute block by block, with the averages outside, or as :func:`densify` was told."""
+        self.checkpoint = True if enable else ("mix" if self.given == "mix" else False)
+        self.own_checkpoint = enable
 
     def current(self) -> DepthRun | None:
         """Return the run under way, if any."""
@@ -79,7 +84,7 @@ def enter(link: Link, positions: tuple[int, ...], args: Any, kwargs: Any) -> Dep
     done = "no forward pass is under way" if run is None else f"{run.depth} blocks were done"
     raise RuntimeError(
         f"block {at} of {link.depth} was called out of order ({done}). The blocks of a densified model run "
-        "in sequence, all of them: a block that is left out must be declared with run.skip(), and a "
+        "in sequence, all of them: a block that is left out must be declared with skip_block(model, x), and a "
         "library's checkpointing may cover one block, not several"
     )
 
@@ -124,7 +129,7 @@ class DenseBlock:
         return super().prepare(residual)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (DenseBlock, original(self)), self.__dict__
+        return _rebuild, (DenseBlock, original(self)), _state(self)
 
 
 def _run_block(link: Link, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -153,14 +158,16 @@ class DenseModel:
         finally:
             _RUNS.reset(before)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute block by block, with the averages outside (timm's switch)."""
-        if not hasattr(self, "grad_checkpointing"):
-            raise AttributeError("set_grad_checkpointing is timm's; this model has no such switch")
-        self._dense.checkpoint = self._dense.own_checkpoint = enable
+    @property
+    def set_grad_checkpointing(self) -> Callable[..., Any]:
+        """Timm's switch, where it is one of the model's own: the link's; else what the model had."""
+        if isinstance(self.__dict__.get("grad_checkpointing"), bool):
+            return self._dense.recompute_blocks
+        had: Callable[..., Any] = super().set_grad_checkpointing  # type: ignore[misc]
+        return had
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (DenseModel, original(self)), self.__dict__
+        return _rebuild, (DenseModel, original(self)), _state(self)
 
 
 _CLASSES: dict[tuple[Any, Any], Any] = {}
@@ -178,6 +185,12 @@ def dense_class(mixin: Any, cls: Any) -> Any:
 def original(module: object) -> type:
     """Return the class that a module had before."""
     return cast(type, type(module)._dense_original)  # type: ignore[attr-defined]
+
+
+def _state(module: object) -> Any:
+    """Return what a module's own ``__getstate__`` gives, or its attributes."""
+    own = getattr(module, "__getstate__", None)  # every object has one from Python 3.11 on
+    return vars(module) if own is None else own()
 
 
 def _rebuild(mixin: type, cls: type) -> Any:

@@ -17,7 +17,7 @@ CHECKPOINT = (False, True, "mix")
 
 def check_checkpoint(value: bool | str) -> bool | str:
     """Return a valid ``checkpoint`` argument."""
-    if value not in CHECKPOINT:
+    if not any(value is c or value == c == "mix" for c in CHECKPOINT):  # 1 is none of them
         raise ValueError(f"checkpoint must be False, True or 'mix', got {value!r}")
     return value
 

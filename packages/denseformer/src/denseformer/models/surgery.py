@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from denseformer.adapters import hf, timm, torch_nn, x_transformers
 from denseformer.core.dwa import DWA
@@ -59,7 +59,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
             continue
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
             kinds = {type(child) for child in module}
-            if len(kinds) == 1 and not kinds & {nn.ModuleList, nn.ModuleDict}:
+            if len(kinds) == 1 and not kinds & {nn.ModuleList, nn.ModuleDict, type(None)}:
                 found[name] = module
     return found
 
@@ -180,6 +180,43 @@ def undensify(model: Model) -> Model:
     del model.__dict__["_dense"]
     del model.dwa
     return model
+
+
+def skip_block(model: nn.Module, x: Tensor) -> Tensor:
+    """Declare, in a densified model's forward pass, that its next block is left out this time (LayerDrop).
+
+    The block then acts as the identity. Call it in the block's place: ``x = skip_block(self, x)``.
+
+    Args:
+        model: the model that was densified.
+        x: what the block would have taken.
+
+    Returns:
+        The input of the block after.
+
+    Raises:
+        ValueError: the model is not densified.
+
+    >>> class Net(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.blocks = nn.ModuleList(nn.Tanh() for _ in range(3))
+    ...
+    ...     def forward(self, x):
+    ...         for n, block in enumerate(self.blocks):
+    ...             x = skip_block(self, x) if n == 1 else block(x)
+    ...         return x
+    >>> import torch
+    >>> x = torch.ones(2)
+    >>> bool(torch.equal(densify(Net())(x), x.tanh().tanh()))
+    True
+    """
+    link = link_of(model)
+    run = link.current() or link.open(x)
+    y = run(x)
+    link.set(None if run.depth == link.depth else run)
+    assert isinstance(y, Tensor)
+    return y
 
 
 @dataclass(frozen=True)

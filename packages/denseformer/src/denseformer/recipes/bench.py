@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from denseformer.core.dwa import DWA
-from denseformer.core.geometry import Geometry
+from denseformer.core.geometry import Geometry, check_int
 
 
 class NaiveLoop(nn.Module):
@@ -159,7 +159,12 @@ def measure(
         methods: names of :data:`METHODS`.
         repeats: interleaved repeats; the least time counts.
         train: forward and backward; otherwise forward without gradients.
+
+    Raises:
+        TypeError, ValueError: numbers below 1 or not ints.
     """
+    check_int("numel", numel)
+    check_int("repeats", repeats)
     spec = Geometry(depth, dilation, period)
     x = torch.randn(max(1, numel // 64), min(64, numel), requires_grad=train)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from denseformer.core.geometry import check_int
 from denseformer.models.gains import SkipsWithGains
 from denseformer.models.stack import DenseStack
 
@@ -33,6 +34,8 @@ class GPTConfig:
             raise ValueError(
                 f"baseline must be one of {', '.join(BASELINES)}; got {self.baseline!r}"
             )
+        for name in ("depth", "width", "heads", "vocab", "context", "dilation", "period"):
+            check_int(name, getattr(self, name))
         if self.width % self.heads or self.width // self.heads % 2:
             raise ValueError(f"width={self.width} must be an even multiple of heads={self.heads}")
 

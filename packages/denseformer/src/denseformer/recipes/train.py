@@ -13,6 +13,7 @@ from torch import Tensor
 
 from denseformer.analysis import WeightHistory
 from denseformer.core.dwa import DWA
+from denseformer.core.geometry import check_int
 from denseformer.optim import param_groups
 from denseformer.recipes.gpt import GPT, GPTConfig
 
@@ -30,6 +31,12 @@ class TrainConfig:
     delay: int = 0  # steps during which the averages stay at the identity ("Delayed DWA")
     seed: int = 0
     every: int = 150  # steps between validations
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "every"):
+            check_int(name, getattr(self, name))
+        if self.delay < 0:
+            raise ValueError(f"delay must be at least 0 steps, got {self.delay}")
 
 
 @dataclass
@@ -87,7 +94,15 @@ def train(
 
     Runs with the same seed draw the same initial blocks and the same batches whatever the baseline, so
     that their differences are paired.
+
+    Raises:
+        ValueError: a part of the tokens is not longer than the context.
     """
+    if (shortest := min(map(len, tokens))) <= config.model.context:
+        raise ValueError(
+            f"context={config.model.context} needs more tokens than that in training and validation; the "
+            f"shorter has {shortest}"
+        )
     torch.manual_seed(config.seed)
     model = GPT(config.model)
     groups = param_groups(model, config.weight_decay, decay_dwa=config.decay_dwa)
