@@ -18,7 +18,7 @@ from deepemd.recipes.evaluate import TEST_SEED, evaluate, markdown
 
 CARD = """# {name}
 
-A {params:,}-parameter DeepEMD network (d={width}, {depth} blocks, {heads} heads, Fourier {fourier}, arch "{arch}", pattern
+A {params:,}-parameter DeepEMD network (d={width}, {depth} blocks, {num_heads} heads, Fourier {fourier}, arch "{arch}", pattern
 "{pattern}", head "{head}"), stored in half precision. SHA-256 of `model.safetensors`:
 `{digest}`.
 

@@ -20,7 +20,7 @@ from deepemd.metrics import distance_metrics, gradient_cosine
 from deepemd.recipes import TrainConfig, train
 from deepemd.recipes.evaluate import exact_gradient, frozen_set, measure
 
-TRUNK: dict[str, Any] = {"dim": 3, "width": 64, "depth": 3, "heads": 4, "fourier": 5}
+TRUNK: dict[str, Any] = {"dim": 3, "width": 64, "depth": 3, "num_heads": 4, "fourier": 5}
 VARIANTS: dict[str, dict[str, Any]] = {
     "matching (paper)": {},
     "distance regression": {"target": "distance", "model": {"value": True}},

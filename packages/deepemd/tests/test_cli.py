@@ -34,7 +34,7 @@ def test_distance_prints_the_exact_emd(tmp_path: Path, capsys: pytest.CaptureFix
 def test_train_then_eval_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {
         "out": str(tmp_path / "run"), "steps": 99, "sizes": [8], "first": [1], "last": [1],
-        "points": 16, "model": {"dim": 3, "width": 16, "depth": 1, "heads": 2, "fourier": 1},
+        "points": 16, "model": {"dim": 3, "width": 16, "depth": 1, "num_heads": 2, "fourier": 1},
     }  # fmt: skip
     (tmp_path / "c.json").write_text(json.dumps(config))
     arguments = ["train", str(tmp_path / "c.json"), "--steps", "2", "--half", "--quiet"]

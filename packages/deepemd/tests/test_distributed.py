@@ -60,7 +60,7 @@ def fsdp(rank: int) -> torch.Tensor:
 def trained(out: str) -> torch.Tensor:
     """Adam's first moment after one step: a tenth of the clipped gradient of the whole batch."""
     config = TrainConfig(
-        out, {"width": 16, "depth": 1, "heads": 2, "fourier": 2}, steps=1, sizes=(8,), first=(1.0,),
+        out, {"width": 16, "depth": 1, "num_heads": 2, "fourier": 2}, steps=1, sizes=(8,), first=(1.0,),
         last=(1.0,), points=48, decoder=0.2,
     )  # fmt: skip
     train(config)

@@ -12,7 +12,7 @@ from deepemd import DeepEMD
 from deepemd.core.layers import Attention, fourier_features
 from deepemd.core.normalize import normalize_pair
 
-SMALL = {"width": 16, "depth": 2, "heads": 2, "fourier": 2}
+SMALL = {"width": 16, "depth": 2, "num_heads": 2, "fourier": 2}
 VARIANTS = [
     {},
     {"pattern": "alternate"},

@@ -27,7 +27,7 @@ from deepemd.recipes.frontier import frontier, plot_frontier
 from deepemd.recipes.train import draw_bar, learning_rate, save_atomically
 
 FIRST_DISTANCE = 0.173095420
-MODEL = {"dim": 3, "width": 16, "depth": 1, "heads": 2, "fourier": 2}
+MODEL = {"dim": 3, "width": 16, "depth": 1, "num_heads": 2, "fourier": 2}
 BASE = {
     "model": MODEL, "steps": 6, "sizes": (8, 16), "first": (1.0, 0.0), "last": (0.0, 1.0),
     "points": 32, "warmup": 2, "log_every": 2,
@@ -180,7 +180,7 @@ def test_eight_pairs_are_learned_by_heart() -> None:
 def test_matching_gives_the_better_gradient_than_regression_from_the_same_trunk(
     tmp_path: Path,
 ) -> None:
-    trunk = {"dim": 3, "width": 32, "depth": 2, "heads": 4, "fourier": 4}
+    trunk = {"dim": 3, "width": 32, "depth": 2, "num_heads": 4, "fourier": 4}
     shared = {"steps": 300, "sizes": (16,), "first": (1.0,), "last": (1.0,), "points": 256}
     test = frozen_set(16, 64)
     matching = train(config(tmp_path / "m", model=trunk, **shared))

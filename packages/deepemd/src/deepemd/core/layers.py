@@ -40,16 +40,16 @@ class Attention(nn.Module):
     kernels of ``scaled_dot_product_attention`` still apply and no (T, T) mask is stored.
     """
 
-    def __init__(self, width: int, heads: int, *, biased: bool = False) -> None:
+    def __init__(self, width: int, num_heads: int, *, biased: bool = False) -> None:
         super().__init__()
         self.log_tau: nn.Parameter | None
-        if width % heads:
-            raise ValueError(f"width must be a multiple of heads, got {width} and {heads}")
-        self.heads = heads
+        if width % num_heads:
+            raise ValueError(f"width must be a multiple of num_heads, got {width} and {num_heads}")
+        self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         if biased:
-            self.log_tau = nn.Parameter(torch.tensor([2.0 * (h % 4) for h in range(heads)]))
+            self.log_tau = nn.Parameter(torch.tensor([2.0 * (h % 4) for h in range(num_heads)]))
         else:
             self.log_tau = None
 
@@ -58,7 +58,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend. ``h`` is (B, T, d), ``points`` (B, T, D), ``keep`` (B, T) or None; X is ``[:split]``."""
         batch, tokens, width = h.shape
-        heads = (3, self.heads, width // self.heads)
+        heads = (3, self.num_heads, width // self.num_heads)
         q, k, v = self.qkv(h).view(batch, tokens, *heads).permute(2, 0, 3, 1, 4)
         if mix == "joint":
             mixed = self._attend(q, k, v, points, points, keep)
@@ -121,12 +121,18 @@ class Block(nn.Module):
     """One transformer block: attention, then a GELU MLP, both residual; pre- or post-norm."""
 
     def __init__(
-        self, width: int, heads: int, *, mlp_ratio: int = 4, norm: str = "pre", biased: bool = False
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        mlp_ratio: int = 4,
+        norm: str = "pre",
+        biased: bool = False,
     ) -> None:
         super().__init__()
         self.post = norm == "post"
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = Attention(width, heads, biased=biased)
+        self.attn = Attention(width, num_heads, biased=biased)
         self.mlp = nn.Sequential(
             nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width)
         )

@@ -52,7 +52,7 @@ class DeepEMD(nn.Module):
 
     Args:
         dim: coordinates per point, D.
-        width, depth, heads: size of the transformer.
+        width, depth, num_heads: size of the transformer.
         arch: ``"paper"`` or ``"geo"``, which adds a learned distance bias to every attention head.
         pattern: ``"joint"`` attends over both clouds at once; ``"alternate"`` switches between
             attention within each cloud and from each cloud to the other.
@@ -67,9 +67,9 @@ class DeepEMD(nn.Module):
         value: add a mean-pooled head that regresses the distance (the ablation of 2.4).
 
     Raises:
-        ValueError: an unknown variant, or a width that the heads do not divide.
+        ValueError: an unknown variant, or a width that ``num_heads`` does not divide.
 
-    >>> model = DeepEMD(3, width=16, depth=1, heads=2)
+    >>> model = DeepEMD(3, width=16, depth=1, num_heads=2)
     >>> model(torch.randn(2, 5, 3), torch.randn(2, 7, 3)).shape
     torch.Size([2, 5, 7])
     """
@@ -79,7 +79,7 @@ class DeepEMD(nn.Module):
         dim: int = 3,
         width: int = 128,
         depth: int = 6,
-        heads: int = 8,
+        num_heads: int = 8,
         *,
         arch: str = "paper",
         pattern: str = "joint",
@@ -97,7 +97,7 @@ class DeepEMD(nn.Module):
         _choice("head", head, HEADS)
         _choice("norm", norm, ("pre", "post"))
         self.config: dict[str, Any] = {
-            "dim": dim, "width": width, "depth": depth, "heads": heads, "arch": arch,
+            "dim": dim, "width": width, "depth": depth, "num_heads": num_heads, "arch": arch,
             "pattern": pattern, "head": head, "fourier": fourier, "mlp_ratio": mlp_ratio,
             "tie_qk": tie_qk, "norm": norm, "normalize": normalize, "value": value,
         }  # fmt: skip
@@ -106,7 +106,7 @@ class DeepEMD(nn.Module):
         self.embed = nn.Linear(dim * (1 + 2 * fourier), width)
         self.origin = nn.Parameter(torch.randn(2, width) * 0.5)
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio=mlp_ratio, norm=norm, biased=arch == "geo")
+            Block(width, num_heads, mlp_ratio=mlp_ratio, norm=norm, biased=arch == "geo")
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
