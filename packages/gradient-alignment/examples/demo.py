@@ -1,6 +1,6 @@
 """Score matching that works: digits, five models and three seeds, and a classifier whose saliency maps lie.
 
-    python examples/demo.py [--out DIR] [--seeds 0 1 2] [--json]
+    python examples/demo.py [--out DIR] [--seed 0] [--quiet] [--json]
 
 Trains every model on scikit-learn's digits, samples from it, and asks a support vector machine what the
 samples show. Writes figures and demo.json, and exits with 1 if a claim does not hold.
@@ -49,9 +49,13 @@ EPOCHS = 20
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="demo-out", help="folder for figures and demo.json")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--out", default="build/demo/gradient-alignment", help="folder for figures and demo.json"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="first of the seeds")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.add_argument("--json", action="store_true", help="print demo.json instead of the table")
     return parser.parse_args()
 
@@ -70,15 +74,17 @@ def run(job: tuple[str, int]) -> tuple[str, int, Evaluation, dict[str, Any]]:
 
 
 def train_all(args: argparse.Namespace) -> tuple[dict[str, list[Evaluation]], dict[str, Any]]:
-    jobs = [(name, seed) for seed in args.seeds for name in MODELS]
+    jobs = [(name, seed) for seed in range(args.seed, args.seed + args.seeds) for name in MODELS]
     results: dict[str, list[Evaluation]] = {name: [] for name in MODELS}
     first: dict[str, Any] = {}
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.jobs) as pool:
         for count, (name, seed, found, extra) in enumerate(pool.imap(run, jobs), start=1):
             results[name].append(found)
-            if seed == args.seeds[0]:
+            if seed == args.seed:
                 first[name] = extra["state"]
+            if args.quiet:
+                continue
             print(
                 f"[{count}/{len(jobs)}] seed {seed}, {name}: accuracy {found.accuracy:.3f}, "
                 f"trained in {extra['seconds']:.1f} s",
@@ -307,7 +313,7 @@ def main() -> int:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     results, states = train_all(args)
-    figures, fooled = draw(results, states, args.seeds[0], out)
+    figures, fooled = draw(results, states, args.seed, out)
     data = {
         "package": "gradient-alignment",
         "title": "Score matching with a control variate aligns a classifier's input gradients with the data; the "

@@ -108,7 +108,9 @@ def nats(calo: SamplingCalorimeter, theta: np.ndarray) -> float:
     return est.value
 
 
-def study(calo: SamplingCalorimeter, names: Any, seeds: range, label: str) -> dict[str, list[dict]]:
+def study(
+    calo: SamplingCalorimeter, names: Any, seeds: range, label: str, quiet: bool
+) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for name in names:
         for seed in seeds:
@@ -121,6 +123,8 @@ def study(calo: SamplingCalorimeter, names: Any, seeds: range, label: str) -> di
             row = {"theta": theta, "loss": loss, "resolution": resolution, "seconds": spent}
             row["nats"] = nats(calo, theta)
             found.setdefault(name, []).append(row)
+            if quiet:
+                continue
             print(
                 f"{label} {name:20} seed {seed}: loss {loss:.4f}, resolution {resolution:.2%}, "
                 f"{row['nats']:.2f} nats, {np.round(theta, 1)}, {spent:.1f} s",
@@ -208,7 +212,8 @@ def table(title: str, found: dict[str, list[dict]]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo-out"))
+    parser.add_argument("--out", type=Path, default=Path("build/demo/mi-surrogates"))
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.add_argument("--json", action="store_true", help="print demo.json")
     parser.add_argument("--seed", type=int, default=10, help="the first of two seeds")
     arguments = parser.parse_args()
@@ -218,8 +223,8 @@ def main() -> int:
     seeds = range(arguments.seed, arguments.seed + SEEDS)
     crystal = SamplingCalorimeter(["Pb", "PbWO4"] * 3)
     plastic = SamplingCalorimeter(["Pb", "polystyrene"] * 3)
-    a = study(crystal, METHODS, seeds, "Pb/PbWO4")
-    b = study(plastic, PLASTIC, seeds, "Pb/polystyrene")
+    a = study(crystal, METHODS, seeds, "Pb/PbWO4", arguments.quiet)
+    b = study(plastic, PLASTIC, seeds, "Pb/polystyrene", arguments.quiet)
     sensor_rows = [digits(seed) for seed in seeds]
 
     def losses(found: dict[str, list[dict]], name: str) -> list[float]:

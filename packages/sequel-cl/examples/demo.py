@@ -34,9 +34,11 @@ NAMES = ("naive", "EWC", "SI", "A-GEM", "ER", "DER++", "joint")
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="build/demo/sequel-cl")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seed", type=int, default=0, help="first of the seeds")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--data-dir", help="a folder with MNIST's t10k files: the longer example")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument("--json", action="store_true", help="print demo.json instead of the table")
     return parser.parse_args()
 
 
@@ -252,14 +254,19 @@ def draw(results: dict[tuple[str, str], list[sequel.Result]], out: Path) -> list
     ]
 
 
-def mnist(folder: str, seeds: list[int]) -> dict[str, Any]:
+def say(args: argparse.Namespace, text: str) -> None:
+    if not args.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def mnist(args: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
     results = {}
     small = {"hidden": (256, 256), "epochs": 1, "lr": 0.05}
     for kind in ("class-IL", "permuted"):
         for name in NAMES:
-            print(f"MNIST {kind}: {name}", file=sys.stderr)
+            say(args, f"MNIST {kind}: {name}")
             results[kind, name] = [
-                run(kind, name, seed, sequel.data.mnist_test(folder, seed=seed), **small)
+                run(kind, name, seed, sequel.data.mnist_test(args.data_dir, seed=seed), **small)
                 for seed in seeds
             ]
     found = table(results, ("class-IL", "permuted"))
@@ -299,7 +306,7 @@ def main() -> int:
     torch.set_num_threads(1)  # layers of 64 units: a second thread only waits
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    seeds = [int(s) for s in args.seeds.split(",")]
+    seeds = list(range(args.seed, args.seed + args.seeds))
     results: dict[tuple[str, str], list[sequel.Result]] = {}
     for kind in KINDS:
         for name in NAMES:
@@ -309,9 +316,7 @@ def main() -> int:
             ]
             acc = 100 * np.mean([r.acc for r in results[kind, name]])
             took = time.perf_counter() - begun
-            print(
-                f"{kind:9} {name:6} acc {acc:5.1f} %  ({took:.1f} s)", file=sys.stderr, flush=True
-            )
+            say(args, f"{kind:9} {name:6} acc {acc:5.1f} %  ({took:.1f} s)")
     mean = {key: float(np.mean([r.acc for r in rs])) for key, rs in results.items()}
     forgot = {key: float(np.mean([r.forgetting for r in rs])) for key, rs in results.items()}
     parity = measure_parity()
@@ -322,7 +327,7 @@ def main() -> int:
             {"title": "Parity", "columns": ["algorithm", "max |torch - JAX|"], "rows": rows}
         )
     if args.data_dir:
-        tables.append(mnist(args.data_dir, seeds))
+        tables.append(mnist(args, seeds))
     data = {
         "package": "sequel-cl",
         "title": "What continual learning forgets on four streams of digits, and the same numbers in "
