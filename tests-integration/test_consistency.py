@@ -86,6 +86,19 @@ def test_command_lines_agree_on_exit_statuses(package: Package) -> None:
     assert not wrong.stdout
 
 
+def test_command_lines_print_their_version(package: Package) -> None:
+    (name,) = package.project["scripts"]
+    command = str(Path(sys.executable).parent / name)
+    said = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert said.stdout == f"{name} {package.project['version']}\n"
+
+
+def test_demos_take_the_same_options(package: Package) -> None:
+    text = (package.folder / "examples" / "demo.py").read_text(encoding="utf-8")
+    for option in ("--out", "--seed", "--quiet", "--json"):
+        assert f'"{option}"' in text, option
+
+
 ORDERS = [PACKAGES[i:] + PACKAGES[:i] for i in range(len(PACKAGES))] + [PACKAGES[::-1]]
 
 

@@ -227,7 +227,7 @@ def test_usage_errors_of_the_parser_and_module_entry() -> None:
     for name in ("edit", "merge", "sweep", "soup", "wise-ft", "inspect"):
         assert name in help_text
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-    assert version.stdout.strip() == lm.__version__
+    assert version.stdout == f"lines-merge {lm.__version__}\n"
 
 
 def test_flags_reach_the_merge(

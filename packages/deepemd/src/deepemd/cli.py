@@ -12,6 +12,8 @@ from typing import Any
 
 
 def _parser() -> argparse.ArgumentParser:
+    from deepemd import __version__
+
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--seed", type=int, default=0)
@@ -21,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deepemd", description="Earth Mover's Distance of point clouds"
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     one = commands.add_parser("distance", parents=[common], help="the EMD of two files of points")

@@ -17,7 +17,10 @@ BASELINES = ("dense", "plain", "gains", "last_k", "final")
 
 
 def _parser() -> argparse.ArgumentParser:
+    from denseformer import __version__
+
     parser = argparse.ArgumentParser(prog="denseformer", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object")

@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="LiNeS: scale the update of fine-tuned or merged checkpoints by depth.",
         epilog="exit status: 0 done, 2 bad usage, 3 inputs that do not fit together, 4 input or output",
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     edit = commands.add_parser("edit", help="restore what fine-tuning forgot")

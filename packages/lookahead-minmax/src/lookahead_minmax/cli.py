@@ -18,7 +18,10 @@ METHODS = ("gda", "alt", "eg", "ogda", "unrolled", "svre", "adam", "extraadam")
 
 
 def _parser() -> argparse.ArgumentParser:
+    from lookahead_minmax import __version__
+
     parser = argparse.ArgumentParser(prog="lookahead-minmax", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     common = argparse.ArgumentParser(add_help=False)

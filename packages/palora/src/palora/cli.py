@@ -309,6 +309,8 @@ def _recipe(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from palora import __version__
+
     common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--seed", type=int, default=0)
@@ -316,6 +318,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("-o", "--out", help="where to write")
     common.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser = _Parser(prog="palora", description="Pareto low-rank adapters")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:

@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.version:
         from sequel import __version__
 
-        print(__version__)
+        print(f"sequel {__version__}")
         return 0
     if args.command is None:
         parser.print_help()
