@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,18 +9,21 @@ from torch import Tensor, nn
 torch.set_num_threads(1)
 
 
-def _missing_operators() -> torch.library.Library | None:
-    """Declare what a torchvision of the public index misses at import beside a CPU build of torch; timm imports it."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError, RuntimeError):
-        if "+" not in importlib.metadata.version("torchvision"):
-            library = torch.library.Library("torchvision", "DEF")
-            for name in ("nms", "qnms"):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            return library
+def _mend_torchvision() -> torch.library.Library | None:
+    """Declare two operators that the public index's torchvision wants at import beside a CPU build of torch."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return None
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
     return None
 
 
-_OPERATORS = _missing_operators()
+_LIB = _mend_torchvision()
 
 F64 = torch.float64
 

@@ -10,7 +10,6 @@ with our layer. Repeats are interleaved, in both orders; figures are medians.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
@@ -168,21 +167,24 @@ def against_attention(say: Callable[[str], None]) -> list[dict[str, Any]]:
     return rows
 
 
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+def declare_torchvision() -> torch.library.Library | None:
+    """Declare two operators that the public index's torchvision wants at import beside a CPU build of torch."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return None
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
 
 
-def declare_torchvision() -> None:
-    """torchvision from the package index beside a CPU build of torch lacks its operators."""
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    ):
-        with contextlib.suppress(RuntimeError):  # a complete torchvision has defined it
-            _LIBRARY.define(schema)
+_LIB = declare_torchvision()
 
 
 def against_mixer_block(say: Callable[[str], None]) -> list[dict[str, Any]]:
-    declare_torchvision()
     from timm.models.mlp_mixer import MixerBlock
 
     rows = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import pytest
@@ -11,15 +10,22 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
-# torchvision from the package index beside a CPU build of torch lacks its compiled operators, and
-# fails at import, which timm and transformers do. Only their schemas are needed.
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-for _schema in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    with contextlib.suppress(RuntimeError):  # a complete torchvision has defined it
-        _LIBRARY.define(_schema)
+
+def _mend_torchvision() -> torch.library.Library | None:
+    """Declare two operators that the public index's torchvision wants at import beside a CPU build of torch."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return None
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
+
+
+_LIB = _mend_torchvision()
 
 
 @pytest.fixture(autouse=True)

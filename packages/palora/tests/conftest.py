@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib.metadata
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,21 +7,18 @@ from torch import Tensor, nn
 torch.set_num_threads(1)
 
 
-def _mend_torchvision() -> object:
-    """The registry's torchvision beside a CPU torch lacks two operators that it wants at import."""
+def _mend_torchvision() -> torch.library.Library | None:
+    """Declare two operators that the public index's torchvision wants at import beside a CPU build of torch."""
     try:
-        version = importlib.metadata.version("torchvision")
-    except importlib.metadata.PackageNotFoundError:
+        import torchvision  # noqa: F401
+    except ImportError:
         return None
-    if "+" in version:
-        return None
-    lib = torch.library.Library("torchvision", "DEF")
-    try:
-        lib.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        lib.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     except RuntimeError:
-        return None
-    return lib
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
 
 
 _LIB = _mend_torchvision()
