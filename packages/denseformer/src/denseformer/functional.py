@@ -52,7 +52,9 @@ def dwa(xs: Sequence[Tensor], weight: Tensor) -> Tensor:
     return made
 
 
-@torch.library.custom_op("denseformer::mix", mutates_args=())
+@torch.library.custom_op(  # the schema in words: releases before 2.7 do not read list[Tensor]
+    "denseformer::mix", mutates_args=(), schema="(Tensor[] xs, Tensor weight) -> Tensor"
+)
 def _mix(xs: list[Tensor], weight: Tensor) -> Tensor:
     scalars = weight.to(kernels.accumulate_dtype(xs[0].dtype))
     host = weight.device.type == "cpu"

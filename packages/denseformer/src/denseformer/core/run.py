@@ -24,6 +24,10 @@ def needs_functional(x: Tensor) -> bool:
     )
 
 
+def _is_dtensor(x: Tensor) -> bool:
+    return type(x).__name__ == "DTensor"
+
+
 def literal(
     xs: Sequence[Tensor],
     weight: Tensor,
@@ -33,7 +37,10 @@ def literal(
     """Return init + Σ_j w_j x_j as it is written, one product and one sum per term."""
     dtype = kernels.accumulate_dtype(xs[0].dtype)
     total = init
-    for x, w in zip(xs, weight.to(dtype).unbind(), strict=True):
+    wide = weight.to(dtype)
+    # DTensor before torch 2.9 cannot unbind
+    parts = wide.split(1) if _is_dtensor(wide) else wide.unbind()
+    for x, w in zip(xs, parts, strict=True):
         term = x.to(dtype) * w
         total = term if total is None else total + term
     assert total is not None
@@ -57,7 +64,7 @@ def stacked(
 
 def beside(weight: Tensor, x: Tensor) -> Tensor:
     """Return the weight as a replicated DTensor where ``x`` is one, so that its gradient is reduced."""
-    if type(x).__name__ != "DTensor" or type(weight).__name__ == "DTensor":
+    if not _is_dtensor(x) or _is_dtensor(weight):
         return weight
     from torch.distributed.tensor import DTensor, Replicate
 
