@@ -139,6 +139,9 @@ def test_nothing_given_with_packed_or_jagged_tokens_is_ignored():
         layer([[1.0] * 8])
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 6), reason="contiguous() of a jagged tensor keeps its gaps before 2.6"
+)
 def test_jagged_tensors_with_gaps_are_refused_until_contiguous():
     layer = HyperMixing(8, 16, 2, dtype=F64)
     x = torch.randn(2, 6, 8, dtype=F64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -186,7 +187,8 @@ def test_timm_relative_positions_are_left(timm, name, options):
 
 
 def test_timm_attention_of_other_kinds_is_left(timm):
-    from timm.layers import Attention, AttentionRope
+    pytest.importorskip("timm", minversion="1.0.23")
+    from timm.models.vision_transformer import Attention, AttentionRope
 
     model = nn.ModuleDict(
         {
@@ -222,9 +224,13 @@ def transformers():
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_hugging_face_encoders_with_padding(transformers, family, implementation):
     config = getattr(transformers, f"{family}Config")(**TINY, attn_implementation=implementation)
-    model = getattr(transformers, f"{family}Model")(config).eval()
+    try:
+        model = getattr(transformers, f"{family}Model")(config).eval()
+    except ValueError as error:  # before version 5 not every model has every implementation
+        pytest.skip(str(error).partition(". ")[0])
     report = convert(model)
-    assert [kind for _, kind in report.replaced] == [f"{family}SelfAttention"] * 2
+    kinds = [kind.replace("Sdpa", "") for _, kind in report.replaced]
+    assert kinds == [f"{family}SelfAttention"] * 2
     assert not report.skipped
     ids = torch.randint(5, 90, (2, 7))
     mask = torch.ones(2, 7, dtype=torch.long)
@@ -249,7 +255,8 @@ def test_hugging_face_decoders_and_relative_positions_are_left(transformers):
     assert not report.replaced
     reasons = {name.split(".")[-2]: why for name, _, why in report.skipped}
     assert "causal" in reasons["attention"]
-    assert "cross-attention" in reasons["crossattention"]
+    # before version 5 a decoder's cross-attention calls itself a decoder's too
+    assert re.search("cross-attention|causal", reasons["crossattention"])
     deberta = transformers.DebertaV2Model(transformers.DebertaV2Config(**TINY))
     report = convert(deberta)
     assert not report.replaced
@@ -370,7 +377,7 @@ def test_a_second_conversion_leaves_trained_layers_alone():
 
 def test_an_attention_module_by_itself_is_refused_not_passed_over():
     pytest.importorskip("timm")
-    from timm.layers import Attention
+    from timm.models.vision_transformer import Attention
 
     with pytest.raises(ValueError, match=r"is an attention module itself \(Attention\)"):
         convert(Attention(16, 2))

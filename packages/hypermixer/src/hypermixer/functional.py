@@ -21,8 +21,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 
 Activation = Callable[[Tensor], Tensor]
+
+# Asked once: torch.compile before 2.9 cannot trace the question.
+_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xpu") if is_autocast_available(kind)
+)
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -89,14 +95,14 @@ def output_dtype(dtype: torch.dtype) -> torch.dtype:
 def exact_sums(x: Tensor) -> AbstractContextManager[object]:
     """Return a context without autocast, so that float32 sums stay float32."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 
 def same_autocast(kind: str) -> Callable[[], AbstractContextManager[object]]:
     """Capture the autocast state of a device type, so that a recomputation runs under it."""
-    if not torch.amp.is_autocast_available(kind):
+    if kind not in _AUTOCAST:
         return nullcontext
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
