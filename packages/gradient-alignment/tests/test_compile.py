@@ -6,6 +6,10 @@ from conftest import make_net
 
 import gradient_alignment as ga
 
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < (2, 8), reason="torch.compile before 2.8 does not trace these derivatives"
+)
+
 F64 = torch.float64
 
 

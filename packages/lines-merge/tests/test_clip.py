@@ -117,6 +117,12 @@ def save_head(path: Path, name: str) -> torch.Tensor:
             sys.modules.pop(parent, None)
 
 
+needs_safe_globals = pytest.mark.skipif(
+    torch.__version__ < (2, 6), reason="safe globals under another name came with torch 2.6"
+)
+
+
+@needs_safe_globals
 def test_heads_are_read_through_an_allow_list(tmp_path: Path) -> None:
     weight = save_head(tmp_path / "head.pt", "src.modeling.ClassificationHead")
     head = clip.load_head(tmp_path / "head.pt")
@@ -202,6 +208,16 @@ def test_comparison_tunes_on_validation_and_reports_test(base: State, models: li
     assert parts.count("validation") == 18
 
 
+def test_heads_are_not_read_where_that_is_not_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_head(tmp_path / "head.pt", "src.modeling.ClassificationHead")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.5.1"))
+    with pytest.raises(lm.CheckpointError, match=r"torch 2\.6 and newer"):
+        clip.load_head(tmp_path / "head.pt")
+
+
+@needs_safe_globals
 def test_the_whole_recipe_on_stand_ins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
