@@ -306,7 +306,9 @@ def test_densifying_32_layers_touches_no_weight() -> None:
     pointers = [p.data_ptr() for p in model.parameters()]
     densify(model, 4, 5)
     assert [p.data_ptr() for p in model.parameters()][: len(pointers)] == pointers
-    assert copy.deepcopy(model.model.layers[3]).__class__ is model.model.layers[3].__class__
+    layer = copy.deepcopy(model.model.layers[3])  # by itself it is a plain layer
+    assert type(layer) is transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    assert len(list(layer.modules())) < len(list(model.modules())) / 30
 
 
 # timm
