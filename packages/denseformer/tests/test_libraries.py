@@ -268,6 +268,22 @@ def test_trainer_trains_the_averages(tmp_path: Any) -> None:
     assert float((model.dwa.weight.detach() - before).abs().max()) > 1e-3
 
 
+def test_accelerate_trains_the_averages() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, x = build("llama")
+    densify(model, 2)
+    want = gradients(model, x)["dwa.weight"]
+    accelerator = accelerate.Accelerator(cpu=True)
+    before = model.dwa.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    optimizer.zero_grad()
+    accelerator.backward(first(prepared(x)).float().square().mean())
+    optimizer.step()
+    trained = accelerator.unwrap_model(prepared).dwa.weight.detach()
+    torch.testing.assert_close(trained, before - 1e-2 * want, rtol=0, atol=1e-7)
+
+
 def test_peft_trains_the_averages_beside_adapters() -> None:
     peft = pytest.importorskip("peft")
     model, x = build("llama")
