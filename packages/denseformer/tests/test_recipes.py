@@ -133,6 +133,7 @@ def test_delayed_averages_stay_at_the_identity(corpus: data.Corpus) -> None:
     assert not torch.equal(half.model.stack.dwa.matrix(), DWA(5).matrix())
 
 
+@pytest.mark.slow
 def test_bfloat16_and_compilation_change_a_run_by_rounding_only(
     corpus: data.Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:

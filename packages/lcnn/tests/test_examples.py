@@ -38,6 +38,7 @@ def test_every_example_is_named_in_the_readme() -> None:
         assert f"examples/{path.name}" in readme
 
 
+@pytest.mark.slow
 def test_timm_example_trains_both_networks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

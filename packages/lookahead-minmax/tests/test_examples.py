@@ -40,6 +40,7 @@ def test_every_example_is_named_in_the_readme() -> None:
         assert f"examples/{path.name}" in readme
 
 
+@pytest.mark.slow
 def test_dcgan_depends_on_its_seed_alone(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
