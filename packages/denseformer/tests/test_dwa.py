@@ -18,6 +18,7 @@ import denseformer.functional as F_dwa
 from denseformer import DWA, DenseStack
 from denseformer.core.run import DepthRun
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SINES = [torch.sin, torch.cos, torch.tanh, torch.sin, torch.cos]
 TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 STARTS: list[dict[str, Any]] = [
@@ -81,6 +82,41 @@ def test_autocast_keeps_the_stream_and_its_values() -> None:
         for a, b in zip(got, want, strict=True):
             assert a.dtype == torch.float32
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])]
+)
+def test_gradient_scaling_skips_an_overflow_and_steps_as_without(device: str) -> None:
+    """float16 autocast: α's unscaled gradient is that of the loss, and an infinite one skips the step."""
+    torch.manual_seed(0)
+    dwa, block = DWA(3).to(device), nn.Linear(8, 8).to(device)
+    start = dwa.weight.detach().clone()
+    x = torch.randn(4, 8, device=device)
+    optimizer = torch.optim.SGD(dwa.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+
+    def loss() -> Tensor:
+        with torch.autocast(device, torch.float16):
+            run, y = dwa.begin(x), x
+            for _ in range(3):
+                y = run(y + block(y))
+        assert y.dtype == torch.float32
+        return y.square().mean()
+
+    (want,) = torch.autograd.grad(loss(), [dwa.weight])
+    scaler.scale(loss()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    # float16 products of the block: 11 bits
+    torch.testing.assert_close(dwa.weight.detach(), start - 0.1 * want, rtol=2e-3, atol=2e-3)
+    optimizer.zero_grad()
+    held = dwa.weight.detach().clone()
+    scaler.scale(loss() * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(dwa.weight.detach(), held)
+    assert scaler.get_scale() == 2.0**9
 
 
 def test_weights_stay_float32_under_every_cast() -> None:
@@ -417,7 +453,7 @@ def test_scalar_kernels_for_accelerators_agree_with_numbers() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@NEEDS_GPU
 def test_gpu_equals_cpu() -> None:
     dwa, x0 = randomise(DWA(12)), torch.randn(3, 5, requires_grad=True)
     y = run_through(dwa, x0, [torch.sin] * 12)

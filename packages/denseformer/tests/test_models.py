@@ -256,6 +256,50 @@ def test_copies_and_pickles_are_independent_models() -> None:
     assert type(densify(made_anew)) is type(model)
 
 
+def test_a_copy_of_a_part_is_the_plain_part_and_drags_nothing_along() -> None:
+    model = randomise_model(densify(Net(), 2))
+    x = torch.randn(4, 3)
+    want = model(x)
+    block, plain = model.blocks[1], Net().blocks[1]
+    plain.load_state_dict(block.state_dict())
+    size, stream = len(pickle.dumps(plain)), torch.randn(4, 8)
+    for clone in (copy.deepcopy(block), pickle.loads(pickle.dumps(block)), copy.copy(block)):
+        assert type(clone) is type(plain)
+        assert vars(clone).keys() == vars(plain).keys()
+        assert torch.equal(clone(stream), plain(stream))
+    assert len(pickle.dumps(block)) < size + 200 < len(pickle.dumps(model))
+    stack = copy.deepcopy(model.blocks)
+    assert {type(b) for b in stack} == {type(plain)}
+    assert torch.equal(model(x), want)  # the model itself has kept its averages
+
+
+def test_a_block_that_refers_to_its_model_is_copied_with_a_densified_model() -> None:
+    model = randomise_model(densify(Net(), 2))
+    model.blocks[2].__dict__["owner"] = model  # not a child: a plain reference back
+    x = torch.randn(4, 3)
+    want = model(x)
+    for clone in (copy.deepcopy(model.blocks[2]), pickle.loads(pickle.dumps(model.blocks[2]))):
+        assert clone.owner is not model
+        assert clone.owner.blocks[2] is clone
+        assert torch.equal(clone.owner(x), want)
+
+
+def test_copies_of_tied_blocks_keep_their_places() -> None:
+    model, x = Net(depth=2), torch.randn(4, 8)
+    model = randomise_model(densify(model, blocks=[*model.blocks, *model.blocks]))
+    clone = copy.deepcopy(model)
+    assert clone.blocks[0] is not model.blocks[0]
+    want = run_in_order([*model.blocks] * 2, x)
+    assert torch.equal(run_in_order([*clone.blocks] * 2, x), want)
+    assert not torch.equal(run_in_order([*undensify(clone).blocks] * 2, x), want)
+
+
+def run_in_order(blocks: Any, x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
 def test_hooks_run_inside_and_the_average_after() -> None:
     model = randomise_model(densify(Net()))
     seen: list[Tensor] = []

@@ -18,7 +18,7 @@ from conftest import relative
 from torch import Tensor, nn
 
 from denseformer import DWA, Geometry, analysis, cli
-from denseformer.recipes import bench, data
+from denseformer.recipes import bench, corpora, data
 from denseformer.recipes.compare import compare, paired, pearson
 from denseformer.recipes.gpt import GPT, GPTConfig, rotate
 from denseformer.recipes.train import TrainConfig, evaluate, rate, train, variants
@@ -133,6 +133,87 @@ def test_delayed_averages_stay_at_the_identity(corpus: data.Corpus) -> None:
     assert not torch.equal(half.model.stack.dwa.matrix(), DWA(5).matrix())
 
 
+@pytest.mark.slow
+def test_bfloat16_and_compilation_change_a_run_by_rounding_only(
+    corpus: data.Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train(TINY, corpus.tokens)
+    used: list[nn.Module] = []
+    make = torch.compile
+
+    def compile_(model: nn.Module) -> Any:
+        used.append(model)
+        return make(model, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    compiled = train(replace(TINY, compile=True), corpus.tokens)
+    assert len(used) == 1
+    assert compiled.validation[6] == pytest.approx(plain.validation[6], abs=1e-5)
+    low = train(replace(TINY, bf16=True), corpus.tokens)
+    assert low.validation != plain.validation
+    # bfloat16 keeps 8 bits; the loss is about 5.5
+    assert low.validation[6] == pytest.approx(plain.validation[6], abs=0.05)
+    assert {p.dtype for p in low.model.parameters()} == {torch.float32}
+
+
+def test_accumulated_parts_make_the_step_of_the_whole_batch(corpus: data.Corpus) -> None:
+    whole, parts = (
+        train(replace(TINY, batch=6, accumulate=n), corpus.tokens).model.state_dict()
+        for n in (1, 3)
+    )
+    for name, value in whole.items():
+        # float32, six AdamW steps of 1e-3 whose gradients are summed in another order
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-4, msg=name)
+    with pytest.raises(ValueError, match="accumulate=4 does not divide batch=6"):
+        replace(TINY, batch=6, accumulate=4)
+
+
+def test_dropout_is_drawn_alike_by_every_variant_and_off_in_evaluation(
+    corpus: data.Corpus,
+) -> None:
+    config = replace(TINY.model, dropout=0.3)
+    x = corpus.train[:16].view(2, 8)
+    outs = []
+    for name in ("plain", "dense"):
+        torch.manual_seed(3)
+        model = GPT(replace(config, baseline=name))
+        torch.manual_seed(4)
+        outs.append((model(x), model.eval()(x)))
+    assert torch.equal(outs[0][0], outs[1][0])
+    assert not torch.equal(outs[0][0], outs[0][1])
+    undropped = GPT(replace(config, dropout=0.0))
+    undropped.load_state_dict(model.state_dict())  # dropout adds no key
+    assert torch.equal(undropped(x), outs[1][1])
+    for bad in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="dropout must be in"):
+            replace(config, dropout=bad)
+
+
+def test_a_token_file_trains_as_its_tokens_in_memory(corpus: data.Corpus, tmp_path: Path) -> None:
+    files = []
+    for name, part in (("a", corpus.train), ("b", corpus.validation)):
+        corpora.write_tokens([""], tmp_path / name, lambda _, part=part: part.tolist())
+        files.append(corpora.read_tokens(tmp_path / name))
+    assert [f.dtype for f in files] == [torch.int16] * 2
+    model = replace(TINY.model, vocab=corpora.VOCABULARY)
+    long = [corpora.tokens(f) for f in files]
+    runs = [train(replace(TINY, model=model), (a, b)) for a, b in (files, long)]
+    assert runs[0].validation == runs[1].validation
+    assert runs[0].first_loss == runs[1].first_loss
+
+
+@pytest.mark.slow
+def test_trained_averages_are_not_trivial() -> None:
+    """Twelve blocks, 300 steps: weights beside the diagonal grow to the hundredths, as in the paper."""
+    base = TrainConfig(GPTConfig(depth=12, width=32, heads=2), steps=300, every=300)
+    found = train(base, data.pydoc().tokens)
+    dwa = found.model.stack.dwa
+    assert float(analysis.off_diagonal(dwa).abs().mean()) > 0.01
+    first = dwa.matrix()[:, 0]
+    assert first[0] > 0.01  # X_0 is added for early rows
+    assert first[-1] < 0  # and taken away for the last
+
+
 def test_comparison_pairs_seeds(corpus: data.Corpus) -> None:
     runs: list[str] = []
     found = compare(TINY, corpus, [0, 1], on_run=lambda name, result, numbers: runs.append(name))
@@ -192,7 +273,13 @@ def test_downloads_are_verified(
     monkeypatch.setenv("DENSEFORMER_DATA", str(cache))
     assert data.download("tinyshakespeare").size == len(text)
     assert "downloading" in capsys.readouterr().err
-    assert data.download("enwik8", cache).sha256 == known
+    enwik8 = data.download("enwik8", cache)
+    assert enwik8.sha256 == known
+    assert enwik8.test is not None
+    sizes = [len(part) for part in (enwik8.train, enwik8.validation, enwik8.test)]
+    assert sizes == [len(text) * share // 20 for share in (18, 1, 1)]
+    parts = torch.cat([enwik8.train, enwik8.validation, enwik8.test])
+    assert bytes(parts.tolist()) == text
     assert (cache / "enwik8.zip.sha256").exists()
     assert not capsys.readouterr().err.count("input.txt")
     for name in ("input.txt", "enwik8.zip"):
@@ -291,6 +378,24 @@ def test_train_inspect_and_plot(tmp_path: Path, capsys: Any) -> None:
     assert set(summary) == {"plain", "1x1", "4x5", "gains"}
 
 
+@pytest.mark.parametrize("name", ["openwebtext2", "pg19"])
+def test_train_on_a_corpus_of_tokens(name: str, tmp_path: Path, capsys: Any) -> None:
+    """From token files that are there already, so that nothing is downloaded."""
+    folder = tmp_path / "pg19" if name == "pg19" else tmp_path
+    for part in ("train", "validation"):
+        numbers = list(range(50_000, 50_200))
+        corpora.write_tokens([""], folder / f"{name}-{part}.bin", lambda _, ids=numbers: ids)
+    options = [
+        "--depth", "2", "--width", "8", "--heads", "2", "--context", "8", "--batch", "2", "--steps",
+        "2", "--quiet",
+    ]  # fmt: skip
+    found = run(capsys, "train", "--data", name, "--data-dir", str(tmp_path), *options)
+    assert found["first_loss"] == pytest.approx(math.log(corpora.VOCABULARY), abs=0.5)
+    assert found["corpus"]["bytes"] == 2 * 2 * 201
+    with pytest.raises(ValueError, match="name must be one of openwebtext2, pg19; got 'x'"):
+        corpora.load("x")
+
+
 def test_suggest_and_bench(capsys: Any) -> None:
     found = run(capsys, "suggest", "--depth", "48")
     assert {"dilation": 4, "period": 5, "rows": 9, "weights": 62, "traffic": 71, "live": 8} in found
@@ -361,7 +466,8 @@ def test_unreadable_checkpoints_exit_with_2(
 @pytest.mark.parametrize(
     "option",
     ["--heads 0", "--steps 0", "--every 0", "--batch 0", "--context 0", "--context 99999999",
-     "--width -8", "--delay -1", "--compare 0", "--compare -1", "--dilation 0"],
+     "--width -8", "--delay -1", "--compare 0", "--compare -1", "--dilation 0", "--dropout 1",
+     "--accumulate 3", "--device nowhere"],
 )  # fmt: skip
 def test_training_options_out_of_range_exit_with_2(option: str, capsys: Any) -> None:
     assert cli.main(["train", "--quiet", *option.split()]) == 2

@@ -87,6 +87,30 @@ def test_agrees_with_torchattacks_without_random_start() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+def test_agrees_with_foolbox_without_random_start() -> None:
+    """As the how-to calls it; their point after seven steps of a fifth of the radius is ours."""
+    foolbox = pytest.importorskip("foolbox")
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 30), nn.Tanh(), nn.Linear(30, 3)).eval()
+    x = torch.rand(20, 1, 4, 4)
+    y = net(x).argmax(1)
+    steps = foolbox.attacks.L2PGD(rel_stepsize=0.2, steps=7, random_start=False)
+
+    def attack(model: nn.Module, points: Tensor, labels: Tensor, radius: float) -> Tensor:
+        wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=points.device)
+        _, moved, _ = steps(wrapped, points, labels, epsilons=radius)
+        return moved
+
+    theirs = attack(net, x, y, 0.5)
+    ours = lcnn.pgd_l2(net, x, y, radius=0.5, step_size=0.1, steps=7, random_start=False)
+    assert not torch.equal(ours, x)
+    # they divide by max(norm, 1e-12) and work in single precision
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    options = {"step_size": 0.1, "steps": 7, "random_start": False}
+    robust = lcnn.robust_accuracy(net, [(x, y)], [0.5], attack)
+    assert robust == lcnn.robust_accuracy(net, [(x, y)], [0.5], **options)
+    assert robust[0.5] < 1
+
+
 def test_own_attack_and_modes() -> None:
     net, x, y, _ = linear()
     net.train()

@@ -222,3 +222,24 @@ def test_plots_return_their_axes() -> None:
     assert plot_robustness({"a": {0.0: 1.0, 0.1: 0.5}}, axes[1]) is axes[1]
     assert axes[1].lines[0].get_ydata().tolist() == [1.0, 0.5]
     plt.close(figure)
+
+
+@pytest.mark.parametrize(("settings", "step"), [({}, 0.1 / 3), ({"attack_step": 0.1}, 0.01)])
+def test_adversarial_rows_step_by_a_share_of_the_radius(
+    settings: dict[str, float], step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a third unless told otherwise; a tenth is the authors' 0.01 at their radius of 0.1."""
+    seen = []
+
+    def attack(
+        model: nn.Module, x: torch.Tensor, y: torch.Tensor, **options: float
+    ) -> torch.Tensor:
+        seen.append(options)
+        return x
+
+    monkeypatch.setattr("lcnn.recipes.train.pgd_l2", attack)
+    recipe = Recipe("adversarial", epochs=1, batch_size=8, **settings)
+    train(lambda: models.mlp(2, 4, 2), torch.randn(16, 2), torch.arange(16) % 2, recipe)
+    assert len(seen) == 2
+    assert all(o["radius"] == 0.1 and o["steps"] == 3 for o in seen)
+    assert all(o["step_size"] == pytest.approx(step) for o in seen)

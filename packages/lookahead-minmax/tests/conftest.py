@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+def _mend_torchvision() -> object:
+    """torch-fidelity imports torchvision; the registry's, beside a CPU torch, lacks two operators for that."""
+    try:
+        version = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if "+" in version:
+        return None
+    library = torch.library.Library("torchvision", "DEF")
+    try:
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except RuntimeError:  # a torchvision that has them was imported before
+        return None
+    return library
+
+
+_LIBRARY = _mend_torchvision()
 
 OptimizerFactory = Callable[[list[Tensor]], Optimizer]
 

@@ -69,7 +69,7 @@ def test_gan_on_digits(k: list[str], capsys: pytest.CaptureFixture[str], tmp_pat
         (["gan", "--data", "ring", "--resume"], "--resume needs the folder"),
         (["gan", "--data", "ring", "--resume", "--out", "DAMAGED"], "No such file"),
         (["gan", "--d-iters", "0"], "d_iters must be at least 1"),
-        (["gan", "--data", "ring", "--scale", "0_1"], "--scale belongs to images"),
+        (["gan", "--data", "ring", "--scale", "0_1"], "scale belongs to images"),
         (["spectrum", "--sigma", "1", "2", "3"], "--sigma takes one"),
         (["gan", "--data", "mnist", "--data-dir", "DAMAGED"], "has the checksum"),
     ],

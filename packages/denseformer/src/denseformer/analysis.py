@@ -172,7 +172,7 @@ def _own_blocks(model: nn.Module) -> tuple[Sequence[nn.Module], int]:
     from denseformer.models.surgery import find_blocks
 
     link = model.__dict__.get("_dense")
-    if (link is None or link.opened_apart) and (special := x_transformers.find(model)):
+    if (link is None or link.opener is not None) and (special := x_transformers.find(model)):
         return special.entries, 1  # called as residual(output, stream)
     return (find_blocks(model)[1] if link is None else link.blocks), 0
 

@@ -31,11 +31,11 @@ def _parser() -> argparse.ArgumentParser:
     geometry.add_argument("--dilation", type=int, default=1)
     geometry.add_argument("--period", type=int, default=1)
 
-    train = commands.add_parser(
-        "train", parents=[common, geometry], help="train a small decoder on bytes"
-    )
+    train = commands.add_parser("train", parents=[common, geometry], help="train a decoder on text")
     train.add_argument(
-        "--data", default="pydoc", help="pydoc, tinyshakespeare, enwik8 or a text file"
+        "--data",
+        default="pydoc",
+        help="pydoc, tinyshakespeare, enwik8 or a text file, as bytes; openwebtext2 or pg19, as tokens of GPT-2",
     )
     train.add_argument(
         "--data-dir", type=Path, help="folder of downloads (default: the user's cache)"
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--heads", type=int, default=4)
     train.add_argument("--context", type=int, default=64)
     train.add_argument("--batch", type=int, default=16)
+    train.add_argument("--accumulate", type=int, default=1, help="parts of a batch")
     train.add_argument("--steps", type=int, default=600)
     train.add_argument("--every", type=int, default=150, help="steps between validations")
     train.add_argument("--lr", type=float, default=1e-3)
@@ -55,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--decay-dwa", action="store_true", help="weight decay on the averages, as published"
     )
+    train.add_argument("--dropout", type=float, default=0.0)
+    train.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    train.add_argument("--bf16", action="store_true", help="bfloat16 autocast, as published")
+    train.add_argument("--compile", action="store_true", help="torch.compile, as published")
     train.add_argument("--out", type=Path, help="folder for results.json and model.safetensors")
 
     bench = commands.add_parser(
@@ -95,7 +100,7 @@ def _say(arguments: argparse.Namespace) -> Any:
 
 def _train(arguments: argparse.Namespace) -> Any:
     from denseformer.core.geometry import check_int
-    from denseformer.recipes import data
+    from denseformer.recipes import corpora, data
     from denseformer.recipes.compare import compare, study
     from denseformer.recipes.gpt import GPTConfig
     from denseformer.recipes.train import TrainConfig, train
@@ -104,15 +109,19 @@ def _train(arguments: argparse.Namespace) -> Any:
         corpus = data.pydoc()
     elif arguments.data in data.URLS:
         corpus = data.download(arguments.data, arguments.data_dir)
+    elif arguments.data in corpora.TOKENISED:
+        corpus = corpora.load(arguments.data, arguments.data_dir)
     else:
         corpus = data.text_file(arguments.data)
+    vocabulary = corpora.VOCABULARY if arguments.data in corpora.TOKENISED else 256
     model = GPTConfig(
-        arguments.depth, arguments.width, arguments.heads, 256, arguments.context,
-        arguments.baseline, arguments.dilation, arguments.period,
+        arguments.depth, arguments.width, arguments.heads, vocabulary, arguments.context,
+        arguments.baseline, arguments.dilation, arguments.period, arguments.dropout,
     )  # fmt: skip
     config = TrainConfig(
         model, arguments.steps, arguments.batch, arguments.lr, decay_dwa=arguments.decay_dwa,
-        delay=arguments.delay, seed=arguments.seed, every=arguments.every,
+        delay=arguments.delay, seed=arguments.seed, every=arguments.every, device=arguments.device,
+        accumulate=arguments.accumulate, bf16=arguments.bf16, compile=arguments.compile,
     )  # fmt: skip
     say = _say(arguments)
     if arguments.compare is not None:

@@ -1,4 +1,4 @@
-"""Command line: `lookahead-minmax game | spectrum | gan`. Results on stdout, progress on stderr."""
+"""Command line: `lookahead-minmax game | spectrum | gan | eval`. Results on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--seed", type=int, default=0)
     common.add_argument("--out", type=Path, help="folder for the JSON and the picture")
     common.add_argument("--quiet", action="store_true", help="no progress")
-    common.add_argument("--k", type=int, nargs="*", default=[], help="one period for each level")
-    common.add_argument("--alpha", type=float, default=0.5)
 
-    game = commands.add_parser("game", parents=[common], help="play a game with a known solution")
+    method = argparse.ArgumentParser(add_help=False, parents=[common])
+    method.add_argument("--k", type=int, nargs="*", default=[], help="one period for each level")
+    method.add_argument("--alpha", type=float, default=0.5)
+
+    game = commands.add_parser("game", parents=[method], help="play a game with a known solution")
     game.add_argument("name", choices=GAMES)
     game.add_argument("--method", choices=METHODS, default="gda")
     game.add_argument("--lr", type=float, default=0.1)
@@ -42,14 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     game.add_argument("--batch-size", type=int, help="components in a minibatch (stochastic)")
 
     spectrum = commands.add_parser(
-        "spectrum", parents=[common], help="contraction of a method, and the best k"
+        "spectrum", parents=[method], help="contraction of a method, and the best k"
     )
     spectrum.add_argument("--lr", type=float, default=0.1)
     spectrum.add_argument("--sigma", type=float, nargs="+", default=[1.0], help="one, or a range")
     spectrum.add_argument("--method", choices=METHODS[:4], default="gda")
     spectrum.add_argument("--suggest", action="store_true", help="also return the best k")
 
-    gan = commands.add_parser("gan", parents=[common], help="train a GAN and watch its distance")
+    gan = commands.add_parser("gan", parents=[method], help="train a GAN and watch its distance")
     gan.add_argument("--data", choices=("digits", "ring", "mnist"), default="digits")
     gan.add_argument("--data-dir", type=Path, help="folder with the files of MNIST")
     gan.add_argument("--base", choices=("alt", "extra", "unrolled"), default="alt")
@@ -66,6 +68,15 @@ def _parser() -> argparse.ArgumentParser:
         "--train", action="store_true", help="MNIST's training images, not its test images"
     )
     gan.add_argument("--scale", choices=("0_1", "-1_1"), default="-1_1", help="range of the pixels")
+
+    judge = commands.add_parser("eval", parents=[common], help="judge the run that gan --out saved")
+    judge.add_argument("run", type=Path, help="the run's folder")
+    judge.add_argument("--data-dir", type=Path, help="folder with the files of MNIST")
+    judge.add_argument("--samples", type=int, help="of each generator; as many as real ones")
+    judge.add_argument(
+        "--fid", action="store_true", help="FID and inception score (torch-fidelity)"
+    )
+    judge.add_argument("--inception", type=Path, help="file of torch-fidelity's Inception weights")
     return parser
 
 
@@ -152,21 +163,12 @@ def _spectrum(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _gan(arguments: argparse.Namespace) -> dict[str, Any]:
-    from lookahead_minmax.gan import data, train
-    from lookahead_minmax.metrics import mode_coverage
+    from lookahead_minmax.gan import evaluate, train
 
-    if arguments.data == "digits":
-        images, labels = data.digits()
-    elif arguments.data == "ring":
-        images, labels = data.ring(seed=arguments.seed)
-    else:
-        images, labels = data.mnist(arguments.data_dir, train=arguments.train)
-    if arguments.scale == "0_1":
-        if arguments.data == "ring":
-            raise ValueError("--scale belongs to images")
-        images = (images + 1) / 2
     recipe = train.Recipe(
         data=arguments.data,
+        train=arguments.train,
+        scale=arguments.scale,
         base=arguments.base,
         k=tuple(arguments.k),
         alpha=arguments.alpha,
@@ -180,6 +182,7 @@ def _gan(arguments: argparse.Namespace) -> dict[str, Any]:
         ema=arguments.ema,
         seed=arguments.seed,
     )
+    images, labels = train.load_images(recipe, arguments.data_dir)
 
     def report(done: int, distance: float) -> None:
         if not arguments.quiet:
@@ -200,9 +203,34 @@ def _gan(arguments: argparse.Namespace) -> dict[str, Any]:
     which = ["live", "ema", *(["ema_slow"] if curve.ema_slow else [])]
     result = {**curve.as_dict(), "summary": {name: curve.summary(name) for name in which}}
     if arguments.data == "ring":
-        radius = 3 * data.RING_DEVIATION
-        coverage = mode_coverage(curve.samples, data.ring_centres(), radius)
-        result["coverage"] = {"modes": coverage.modes, "quality": coverage.quality}
+        result["coverage"] = evaluate.ring_coverage(curve.samples)
+    return result
+
+
+def _eval(arguments: argparse.Namespace) -> dict[str, Any]:
+    from lookahead_minmax.gan import evaluate, train
+
+    if arguments.inception is not None and not arguments.fid:
+        raise ValueError("--inception belongs to --fid")
+    run = evaluate.load_run(arguments.run)
+    images, labels = train.load_images(run.recipe, arguments.data_dir)
+    count = len(images) if arguments.samples is None else arguments.samples
+    samples = {name: run.sample(name, count, arguments.seed) for name in run.generators}
+    features = train.feature_extractor(images, labels)
+    result: dict[str, Any] = {"rounds": run.rounds, "samples": count}
+    for name, made in samples.items():
+        result[name] = {"distance": evaluate.feature_distance(features(images), features(made))}
+        if run.recipe.data == "ring":
+            result[name] |= evaluate.ring_coverage(made)
+        if arguments.fid:
+            if not arguments.quiet:
+                print(f"{name}: Inception features", file=sys.stderr, flush=True)
+            scores = evaluate.inception(images, made, run.recipe.scale, weights=arguments.inception)
+            result[name] |= scores
+    if arguments.out is not None:
+        from lookahead_minmax.plot import plot_samples
+
+        _save(plot_samples({name: made[:25] for name, made in samples.items()}), arguments.out)
     return result
 
 
@@ -239,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import matplotlib as mpl
 
         mpl.use("Agg")
-    commands = {"game": _game, "spectrum": _spectrum, "gan": _gan}
+    commands = {"game": _game, "spectrum": _spectrum, "gan": _gan, "eval": _eval}
     try:
         result = commands[arguments.command](arguments)
     except (ValueError, OSError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""Pictures of runs: distances over rounds, rates over step size and k, GAN curves (needs matplotlib)."""
+"""Pictures of runs: distances over rounds, rates over step size and k, GANs (needs matplotlib)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lookahead_minmax.spectral import Method, stability_map
 
@@ -93,4 +94,30 @@ def plot_gan_curves(curves: Mapping[str, Sequence[Any]], ax: Axes | None = None)
         ax.plot(runs[0].rounds, mean.numpy(), color=f"C{number}", lw=2, label=label)
     ax.set(yscale="log", xlabel="rounds", ylabel="Fréchet distance, live generator")
     ax.legend()
+    return ax
+
+
+def plot_samples(samples: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
+    """Draw generated images (or points in the plane) side by side, one panel for each label.
+
+    Args:
+        samples: up to 25 images (n, 1, height, width) or (n, pixels), or points (n, 2), by label.
+        ax: where to draw; new axes by default.
+    """
+    ax = _axes(ax)
+    if next(iter(samples.values())).shape[1:] == (2,):
+        for label, points in samples.items():
+            ax.plot(*points.T.numpy(), ".", label=label)
+        ax.set_aspect("equal")
+        ax.legend()
+        return ax
+    panels = []
+    for images in samples.values():
+        side = int(images[0].numel() ** 0.5)
+        tiles = torch.full((25, side, side), float(images.min()))
+        tiles[: len(images)] = images.reshape(-1, side, side)
+        panel = tiles.view(5, 5, side, side).transpose(1, 2).reshape(5 * side, 5 * side)
+        panels += [panel, torch.full((5 * side, 2), float("nan"))]
+    ax.imshow(torch.cat(panels[:-1], 1).numpy(), cmap="gray")
+    ax.set(title=" | ".join(samples), xticks=[], yticks=[])
     return ax

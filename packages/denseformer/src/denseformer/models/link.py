@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint as checkpoint_block
 from denseformer.core.run import DepthRun, check_stream, outside_backward
 from denseformer.models.recompute import recomputing
 
+ATTRIBUTES = ("_dense", "_dense_positions", "_dense_opens")
+"""What a block of a densified model holds: the link, its places in the stack, whether X_0 enters there."""
+
 _RUNS: ContextVar[dict[int, DepthRun] | None] = ContextVar("denseformer_runs", default=None)
 
 
@@ -28,10 +31,9 @@ class Link:
         self.blocks = blocks
         self.given = self.checkpoint = checkpoint
         self.own_checkpoint = checkpoint is True  # else the library checkpoints its blocks itself
-        self.opened_apart = False  # X_0 comes from elsewhere than the first block's arguments
+        self.opener: nn.Module | None = None  # takes X_0, where the first block's arguments do not
         self.name: str | None = None
         self.undo: list[tuple[nn.Module, str, Any]] = []
-        self.swapped: list[nn.Module] = []
         self.on_output: Callable[[Tensor, Tensor], None] | None = None
         self.traced: DepthRun | None = None
 
@@ -39,6 +41,27 @@ class Link:
     def depth(self) -> int:
         """Number of block calls in a forward pass."""
         return len(self.blocks)
+
+    @property
+    def swapped(self) -> list[nn.Module]:
+        """The modules whose class is a subclass of itself, each once."""
+        openers = [] if self.opener is None else [self.opener]
+        return list(dict.fromkeys([*self.blocks, *openers]))
+
+    def attach(self) -> None:
+        """Let every block's call be followed by its average."""
+        for block in self.swapped:
+            at = tuple(n for n, b in enumerate(self.blocks, 1) if b is block)
+            values = (self, at, block is self.opener)
+            block.__dict__.update(zip(ATTRIBUTES, values, strict=True))
+            block.__class__ = dense_class(DenseBlock, type(block))
+
+    def detach(self) -> None:
+        """Give the blocks their own classes back."""
+        for block in self.swapped:
+            block.__class__ = original(block)
+            for attribute in ATTRIBUTES:
+                del block.__dict__[attribute]
 
     def recompute_blocks(self, enable: bool = True) -> None:
         """Recompute block by block, with the averages outside, or as :func:`densify` was told."""
@@ -76,7 +99,7 @@ def enter(link: Link, positions: tuple[int, ...], args: Any, kwargs: Any) -> Dep
     run = link.current()
     if run is not None and run.depth + 1 in positions:
         return run
-    if 1 in positions and not link.opened_apart:
+    if 1 in positions and link.opener is None:
         values = [*args, *kwargs.values()]
         x0 = next((v for v in values if isinstance(v, Tensor)), None)
         return link.open(check_stream(x0, "the first block's input"))
@@ -129,7 +152,8 @@ class DenseBlock:
         return super().prepare(residual)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (DenseBlock, original(self)), _state(self)
+        """Copy the block by itself as a plain one; a copied model attaches its blocks again."""
+        return _rebuild, (original(self),), _state(self)
 
 
 def _run_block(link: Link, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -167,7 +191,17 @@ class DenseModel:
         return had
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (DenseModel, original(self)), _state(self)
+        """Copy the model with its link."""
+        state = _state(self), self.__dict__.get("_dense")
+        return _rebuild, (original(self), DenseModel), state
+
+    def __setstate__(self, state: tuple[Any, Link | None]) -> None:
+        """Attach the blocks of the copy to its own averages."""
+        own, link = state
+        super().__setstate__(own)  # type: ignore[misc]
+        if link is not None:
+            self.__dict__["_dense"] = link
+            link.attach()
 
 
 _CLASSES: dict[tuple[Any, Any], Any] = {}
@@ -188,11 +222,14 @@ def original(module: object) -> type:
 
 
 def _state(module: object) -> Any:
-    """Return what a module's own ``__getstate__`` gives, or its attributes."""
+    """Return what a module's own ``__getstate__`` gives, or its attributes; without ours."""
     own = getattr(module, "__getstate__", None)  # every object has one from Python 3.11 on
-    return vars(module) if own is None else own()
+    state = vars(module) if own is None else own()
+    if not isinstance(state, dict):
+        return state
+    return {key: value for key, value in state.items() if key not in ATTRIBUTES}
 
 
-def _rebuild(mixin: type, cls: type) -> Any:
-    made: Any = dense_class(mixin, cls)
+def _rebuild(cls: type, mixin: type | None = None) -> Any:
+    made: Any = cls if mixin is None else dense_class(mixin, cls)
     return made.__new__(made)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from denseformer.adapters import hf, timm, torch_nn, x_transformers
 from denseformer.core.dwa import DWA
-from denseformer.models.link import DenseBlock, DenseModel, Link, dense_class, original
+from denseformer.models.link import DenseModel, Link, dense_class, original
 from denseformer.models.stack import check_checkpoint
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,7 +93,8 @@ def densify(
 
     Every block's class becomes a subclass of itself under the same name, whose call runs the block (hooks
     and checkpointing wrappers included) and then the average. The averages are ``model.dwa``; every other key
-    of the state dict stays. The outputs are those of the model before, bit for bit, until α is trained.
+    of the state dict stays. The outputs are those of the model before, bit for bit, until α is trained. A copy
+    of the model is densified too; a copy of a part of it (a block, a backbone) is the plain part.
 
     Switching averages on late, as when a trained model is continued, helps less than training with them
     from the start (paper: 18.61 without, 17.87 with, 18.23 when on after a quarter of the training).
@@ -137,14 +138,8 @@ def densify(
     dwa = DWA(len(chain), dilation, period, **dwa_kwargs)
     link = Link(model, chain, checkpoint)
     link.name = name
-    openers = [special.opener] if special else []
-    link.opened_apart = bool(special)
-    for block in dict.fromkeys([*chain, *openers]):
-        block.__dict__["_dense"] = link
-        block.__dict__["_dense_positions"] = tuple(n for n, b in enumerate(chain, 1) if b is block)
-        block.__dict__["_dense_opens"] = block in openers
-        block.__class__ = dense_class(DenseBlock, type(block))
-        link.swapped.append(block)
+    link.opener = special.opener if special else None
+    link.attach()
     model.dwa = dwa
     model.__dict__["_dense"] = link
     model.__class__ = dense_class(DenseModel, type(model))
@@ -172,10 +167,7 @@ def undensify(model: Model) -> Model:
     hf.restore(model, link)
     for module, attribute, value in link.undo:
         setattr(module, attribute, value)
-    for block in link.swapped:
-        block.__class__ = original(block)
-        for attribute in ("_dense", "_dense_positions", "_dense_opens"):
-            del block.__dict__[attribute]
+    link.detach()
     model.__class__ = original(model)
     del model.__dict__["_dense"]
     del model.dwa

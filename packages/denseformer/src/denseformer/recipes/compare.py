@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from denseformer import analysis
 from denseformer.core.dwa import DWA
 from denseformer.models.stack import DenseStack
+from denseformer.recipes.corpora import tokens as ids
 from denseformer.recipes.data import Corpus
 from denseformer.recipes.train import TrainConfig, TrainResult, evaluate, train, variants
 
@@ -49,7 +50,8 @@ def study(result: TrainResult, corpus: Corpus) -> dict[str, Any]:
     blocks, dwa = blocks_of(result), dwa_of(result)
     if blocks is not None:
         count = min(64, len(corpus.validation) // size)
-        windows = corpus.validation[: count * size].view(count, size)
+        windows = ids(corpus.validation[: count * size].view(count, size))
+        windows = windows.to(result.model.embedding.weight.device)
         curve = analysis.cosine_to_embedding(result.model, windows, blocks=blocks)
         made["cosine"] = curve.tolist()
     if dwa is not None:

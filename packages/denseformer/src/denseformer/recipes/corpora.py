@@ -20,7 +20,7 @@ from urllib.request import urlopen
 import torch
 from torch import Tensor
 
-from denseformer.recipes.data import default_dir
+from denseformer.recipes.data import Corpus, default_dir
 
 OPENWEBTEXT2 = (
     "https://huggingface.co/datasets/segyges/OpenWebText2/resolve/main/openwebtext2.jsonl.zst.tar"
@@ -29,6 +29,9 @@ PG19 = "https://storage.googleapis.com/storage/v1/b/deepmind-gutenberg/o"
 END = 50256
 """The end-of-text token of GPT-2's vocabulary, appended to every document."""
 Encode = Callable[[str], list[int]]
+TOKENISED = ("openwebtext2", "pg19")
+VOCABULARY = 50304
+"""GPT-2's 50,257 tokens, padded as in the published models."""
 
 
 def gpt2_encoder() -> Encode:
@@ -91,12 +94,12 @@ def read_tokens(path: str | Path) -> Tensor:
 
 
 def tokens(part: Tensor) -> Tensor:
-    """Return int16 storage as the unsigned numbers that it holds, int64.
+    """Return int16 storage as the unsigned numbers that it holds, int64; int64 as it is.
 
     >>> tokens(torch.tensor([5, -15280], dtype=torch.int16)).tolist()
     [5, 50256]
     """
-    return part.long() & 0xFFFF
+    return part if part.dtype == torch.long else part.long() & 0xFFFF
 
 
 def split_rows(count: int, *, test_size: float = 0.0005, seed: int = 2357) -> list[bool]:
@@ -183,6 +186,26 @@ def pg19(split: str, data_dir: str | Path | None = None, encode: Encode | None =
         texts = (book.read_text(encoding="utf-8") for book in books)
         write_tokens(texts, path, encode or gpt2_encoder())
     return path
+
+
+def load(name: str, data_dir: str | Path | None = None) -> Corpus:
+    """Return ``"openwebtext2"`` or ``"pg19"`` as memory-mapped tokens of GPT-2 (vocabulary 50304).
+
+    ``size`` is that of both token files in bytes, ``sha256`` that of the validation file.
+
+    Raises:
+        ValueError: another name, or a file that differs from its checksum.
+        OSError: a download failed.
+    """
+    if name not in TOKENISED:
+        raise ValueError(f"name must be one of {', '.join(TOKENISED)}; got {name!r}")
+    if name == "openwebtext2":
+        train, validation = openwebtext2(data_dir)
+    else:
+        train, validation = pg19("train", data_dir), pg19("validation", data_dir)
+    size = train.stat().st_size + validation.stat().st_size
+    digest = hashlib.sha256(validation.read_bytes()).hexdigest()
+    return Corpus(name, read_tokens(train), read_tokens(validation), size, digest)
 
 
 def _bucket(prefix: str) -> Iterator[tuple[str, str, str]]:

@@ -25,22 +25,26 @@ URLS = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes as int64 tokens, first 90 % for training and last 10 % for validation."""
+    """Tokens: bytes as int64, or those of a token file (:mod:`denseformer.recipes.corpora`).
+
+    The first 90 % are for training, the last 10 % for validation; of enwik8 the last 5 % are for the test.
+    """
 
     name: str
     train: Tensor
     validation: Tensor
     size: int
     sha256: str
+    test: Tensor | None = None
 
     @property
     def tokens(self) -> tuple[Tensor, Tensor]:
-        """Both parts."""
+        """Training and validation."""
         return self.train, self.validation
 
 
-def from_bytes(name: str, raw: bytes) -> Corpus:
-    """Split bytes into training and validation.
+def from_bytes(name: str, raw: bytes, *, held: bool = False) -> Corpus:
+    """Split bytes into training and validation, 90 to 10; ``held``: and test, 90 to 5 to 5.
 
     Raises:
         ValueError: fewer than 1,000 bytes.
@@ -48,8 +52,9 @@ def from_bytes(name: str, raw: bytes) -> Corpus:
     if len(raw) < 1000:
         raise ValueError(f"{name} has {len(raw)} bytes; a corpus needs at least 1,000")
     tokens = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()
-    cut = len(raw) * 9 // 10
-    return Corpus(name, tokens[:cut], tokens[cut:], len(raw), hashlib.sha256(raw).hexdigest())
+    cut, last = len(raw) * 9 // 10, len(raw) * 19 // 20 if held else len(raw)
+    digest, test = hashlib.sha256(raw).hexdigest(), tokens[last:] if held else None
+    return Corpus(name, tokens[:cut], tokens[cut:last], len(raw), digest, test)
 
 
 def pydoc() -> Corpus:
@@ -113,7 +118,7 @@ def download(name: str, data_dir: str | Path | None = None) -> Corpus:
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             raw = archive.read(archive.namelist()[0])
-    return from_bytes(name, raw)
+    return from_bytes(name, raw, held=name == "enwik8")
 
 
 def _write(path: Path, raw: bytes) -> None:

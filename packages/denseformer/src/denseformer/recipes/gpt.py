@@ -28,8 +28,13 @@ class GPTConfig:
     baseline: str = "dense"
     dilation: int = 1
     period: int = 1
+    dropout: float = (
+        0.0  # after the embedding, in attention and on every branch; not stated in the paper
+    )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.baseline not in BASELINES:
             raise ValueError(
                 f"baseline must be one of {', '.join(BASELINES)}; got {self.baseline!r}"
@@ -55,9 +60,10 @@ def rotate(x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention on the normalised stream, without its skip."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
+        self.drop = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width, eps=1e-5, bias=False)
         self.c_attn = nn.Linear(width, 3 * width, bias=False)
         self.c_proj = nn.Linear(width, width, bias=False)
@@ -68,8 +74,9 @@ class Attention(nn.Module):
         q, k, v = (
             t.view(shape).transpose(1, 2) for t in self.c_attn(self.norm(x)).chunk(3, dim=-1)
         )
-        y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-        out = self.c_proj(y.transpose(1, 2).reshape(x.shape))
+        rate = self.drop.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, dropout_p=rate, is_causal=True)
+        out = self.drop(self.c_proj(y.transpose(1, 2).reshape(x.shape)))
         assert isinstance(out, Tensor)
         return out
 
@@ -77,12 +84,13 @@ class Attention(nn.Module):
 class MLP(nn.Sequential):
     """Norm, four times wider layer, exact GELU, back; without its skip."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-5, bias=False)
         self.c_fc = nn.Linear(width, 4 * width, bias=False)
         self.gelu = nn.GELU()
         self.c_proj = nn.Linear(4 * width, width, bias=False)
+        self.drop = nn.Dropout(dropout)
 
 
 class Block(nn.Module):
@@ -90,8 +98,8 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attn = Attention(config.width, config.heads)
-        self.mlp = MLP(config.width)
+        self.attn = Attention(config.width, config.heads, config.dropout)
+        self.mlp = MLP(config.width, config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, time, width) to the same shape."""
@@ -113,6 +121,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.width)
+        self.drop = nn.Dropout(config.dropout)
         blocks = [Block(config) for _ in range(config.depth)]
         self.stack: nn.Module
         if config.baseline == "plain":
@@ -131,7 +140,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return logits (batch, time, vocab), or the mean cross-entropy in nats for ``targets``."""
-        x = self.norm(self.stack(self.embedding(tokens)))
+        x = self.norm(self.stack(self.drop(self.embedding(tokens))))
         logits = F.linear(x, self.embedding.weight)
         if targets is None:
             return logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,22 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Any) -> Any:
         """Take a state over."""
         ...
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what `Checkpoint.save` wrote: "recipe", "parts", "draws" and "numbers".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        if set(state) == {"recipe", "parts", "draws", "numbers"}:
+            return state
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError):
+        pass
+    raise ValueError(f"{path} is no checkpoint of a GAN run")
 
 
 class Checkpoint:
@@ -59,9 +76,9 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is that of other settings.
+            ValueError: it is that of other settings, or no checkpoint.
         """
-        state = torch.load(self.path, weights_only=True)
+        state = read(self.path)
         if state["recipe"] != self.recipe:
             other = sorted(
                 key for key, value in self.recipe.items() if state["recipe"].get(key) != value

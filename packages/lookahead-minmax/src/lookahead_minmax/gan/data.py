@@ -1,4 +1,4 @@
-"""Real images for the GAN experiments: scikit-learn's digits, and MNIST from its original files."""
+"""Data of the GAN experiments: scikit-learn's digits, MNIST from its original files, a ring of Gaussians."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import tempfile
 import urllib.request
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -146,3 +147,38 @@ def mnist(data_dir: Path | None = None, *, train: bool = False) -> tuple[Tensor,
     images = read_idx(fetch(f"{part}-images-idx3-ubyte.gz", folder))
     labels = read_idx(fetch(f"{part}-labels-idx1-ubyte.gz", folder))
     return images.unsqueeze(1).float() / 127.5 - 1, labels.long()
+
+
+def load(
+    name: Literal["digits", "ring", "mnist"],
+    data_dir: Path | None = None,
+    *,
+    train: bool = False,
+    scale: Literal["-1_1", "0_1"] = "-1_1",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return the examples of a data set, as the networks take them, and their labels.
+
+    Args:
+        name: "digits" (n, 64), "ring" (n, 2) or "mnist" (n, 1, 28, 28).
+        data_dir: of MNIST's files.
+        train: MNIST's training images, else its test images; the others have no parts.
+        scale: range of the pixels, [-1, 1] or [0, 1]; the points of the ring have none.
+        seed: of the ring's points.
+
+    Raises:
+        ValueError: `scale` is given for the ring.
+        ImportError: scikit-learn is missing.
+        OSError: a file of MNIST cannot be had, or is damaged.
+
+    Example:
+        >>> points, modes = load("ring")
+        >>> points.shape, int(modes.max())
+        (torch.Size([2000, 2]), 7)
+    """
+    if name == "ring":
+        if scale != "-1_1":
+            raise ValueError("scale belongs to images, the ring has none")
+        return ring(seed=seed)
+    images, labels = digits() if name == "digits" else mnist(data_dir, train=train)
+    return (images + 1) / 2 if scale == "0_1" else images, labels

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lookahead_minmax import EMA, ExtraGradient, LookaheadMinmax
 from lookahead_minmax.gan.checkpoint import Checkpoint, Stateful
+from lookahead_minmax.gan.data import load
 from lookahead_minmax.gan.models import dcgan28, digits_pair, mlp, ring_pair
 from lookahead_minmax.gan.unrolled import unroll_adam
 from lookahead_minmax.metrics import feature_distance
@@ -32,6 +33,8 @@ class Recipe:
     Attributes:
         data: "digits" (MLPs, 32-dimensional noise), "ring" (MLPs, eight Gaussians in the plane) or "mnist"
             (the paper's DCGAN).
+        train: MNIST's training images, else its test images.
+        scale: range of the pixels.
         base: "alt" (alternating), "extra" (extragradient in the authors' "opponent" mode) or "unrolled"
             (alternating, the generator's gradient through the discriminator's next `unroll` steps).
         k: rounds between synchronisations, one for each level; empty is the base method.
@@ -49,6 +52,8 @@ class Recipe:
     """
 
     data: Literal["digits", "ring", "mnist"] = "digits"
+    train: bool = False
+    scale: Literal["-1_1", "0_1"] = "-1_1"
     base: Literal["alt", "extra", "unrolled"] = "alt"
     k: tuple[int, ...] = ()
     alpha: float = 0.5
@@ -62,6 +67,11 @@ class Recipe:
     ema: float = 0.999
     evaluations: int = 12
     seed: int = 0
+
+
+def load_images(recipe: Recipe, data_dir: Path | None = None) -> tuple[Tensor, Tensor]:
+    """Return the recipe's examples and their labels; see `data.load` for the errors."""
+    return load(recipe.data, data_dir, train=recipe.train, scale=recipe.scale, seed=recipe.seed)
 
 
 NUMBERS = ("rounds", "live", "ema", "ema_slow")
@@ -127,7 +137,8 @@ def feature_extractor(
     return nn.Sequential(nn.Flatten(), *list(classifier)[:-1]).eval().requires_grad_(False)
 
 
-def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer of one player."""
     if recipe.optim == "sgd":
         return torch.optim.SGD(network.parameters(), lr=recipe.lr)
     kind = torch.optim.RAdam if recipe.optim == "radam" else torch.optim.Adam
@@ -147,7 +158,8 @@ def train(
 
     Args:
         recipe: the settings.
-        images: real images, (n, 64) for digits, (n, 2) for the ring, (n, 1, 28, 28) for MNIST, in [-1, 1].
+        images: what `load_images` returns for the recipe: (n, 64) for digits, (n, 2) for the ring, (n, 1, 28, 28)
+            for MNIST.
         features: maps images to features for the Fréchet distance.
         progress: called with (rounds done, distance of the live generator).
         checkpoint: a file that is written after every evaluation.
@@ -166,7 +178,7 @@ def train(
     torch.manual_seed(recipe.seed)
     pair, shape = NETWORKS[recipe.data]
     generator, discriminator = pair()
-    opt_g, opt_d = (_optimizer(recipe, network) for network in (generator, discriminator))
+    opt_g, opt_d = (make_optimizer(recipe, network) for network in (generator, discriminator))
     players = {"G": opt_g, "D": opt_d}
     ema, ema_slow = EMA(generator, recipe.ema), EMA(generator, recipe.ema)
     lookahead = None
