@@ -41,9 +41,7 @@ class Recipe:
     beta_init: float = 5.0
     overrides: dict[str, Any] | None = None
     radius: float | None = None
-    attack_step: float = (
-        1 / 3
-    )  # of the radius; the authors' tenth does not reach the radius in three steps
+    attack_step: float = 1 / 3  # of the radius, which three of the authors' tenths do not reach
 
 
 @dataclass
