@@ -56,6 +56,8 @@ def _pair(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    if torch.__version__ < (2, 9):
+        pytest.skip("FSDP2 on a CPU halves gradients before torch 2.9")
     return spawn(tmp_path_factory.mktemp("pair"), 2, _pair)
 
 
@@ -189,6 +191,7 @@ def test_gpipe_in_two_processes(pair: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < (2, 8), reason="no scale_grads in older pipelines")
 def test_1f1b_in_four_processes(tmp_path: Path) -> None:
     check_pipeline(spawn(tmp_path, 4, _pipeline, [2, 4, 6], "Schedule1F1B"))
 

@@ -362,6 +362,7 @@ def test_vmap_jvp_and_functional_call_equal_the_loop() -> None:
     assert relative(out, theirs) < 1e-13
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 8), reason="older compilers break the graph")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_in_one_graph_with_dynamic_batch(backend: str) -> None:
     """Values and gradients as in eager mode; the next batch size recompiles at most once more."""
@@ -383,6 +384,7 @@ def test_compiles_in_one_graph_with_dynamic_batch(backend: str) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 8), reason="older compilers break the graph")
 def test_exports() -> None:
     stack = randomise_stack(DenseStack([nn.Linear(4, 4) for _ in range(4)]))
     x = torch.randn(2, 4)

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
 )
 transformers = pytest.importorskip("transformers")
+if not transformers.utils.is_torch_available():
+    pytest.skip("this transformers takes no torch as old as this", allow_module_level=True)
 TOKENS = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -301,6 +303,7 @@ def test_peft_trains_the_averages_beside_adapters() -> None:
     assert float(active.grad.abs().max()) > 0
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="older compilers break the graph")
 def test_compiled_gpt2_is_one_graph() -> None:
     torch._dynamo.reset()
     model, x = build("gpt2")

@@ -411,6 +411,7 @@ def test_foreign_checkpoint_over_several_blocks_is_refused_and_over_one_works() 
         y.sum().backward()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="older compilers break the graph")
 def test_compiled_surgery_is_one_graph() -> None:
     torch._dynamo.reset()
     model = randomise_model(densify(Net(), 2))
