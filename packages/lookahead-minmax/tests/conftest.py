@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 
 import torch
@@ -10,24 +9,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-def _mend_torchvision() -> object:
-    """torch-fidelity imports torchvision; the registry's, beside a CPU torch, lacks two operators for that."""
+def _mend_torchvision() -> torch.library.Library | None:
+    """Declare two operators that the public index's torchvision wants at import beside a CPU build of torch."""
     try:
-        version = importlib.metadata.version("torchvision")
-    except importlib.metadata.PackageNotFoundError:
+        import torchvision  # noqa: F401
+    except ImportError:
         return None
-    if "+" in version:
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    try:
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:  # a torchvision that has them was imported before
-        return None
-    return library
+        return library
+    return None
 
 
-_LIBRARY = _mend_torchvision()
+_LIB = _mend_torchvision()
 
 OptimizerFactory = Callable[[list[Tensor]], Optimizer]
 

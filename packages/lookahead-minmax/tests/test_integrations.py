@@ -95,6 +95,7 @@ def test_ddp_of_two_processes_is_one_process_and_both_ranks_agree(tmp_path: Path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo with a file store needs POSIX")
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="FSDP2 is public from torch 2.6 on")
 def test_fsdp2_of_two_processes_works_on_uneven_shards(tmp_path: Path) -> None:
     pytest.importorskip("torch.distributed.fsdp", reason="needs FSDP2")
     mp.spawn(_fsdp, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
