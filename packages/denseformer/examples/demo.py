@@ -30,7 +30,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 BASE = TrainConfig(
-    GPTConfig(depth=12, width=32, heads=2, context=32), steps=100, batch=8, every=100, lr=2e-3
+    GPTConfig(depth=12, width=32, num_heads=2, context=32), steps=100, batch=8, every=100, lr=2e-3
 )
 NAMES = ("plain", "1x1", "4x5", "gains")
 

@@ -23,7 +23,7 @@ from denseformer.recipes.compare import compare, paired, pearson
 from denseformer.recipes.gpt import GPT, GPTConfig, rotate
 from denseformer.recipes.train import TrainConfig, evaluate, rate, train, variants
 
-TINY = TrainConfig(GPTConfig(depth=5, width=16, heads=2, context=8), steps=6, batch=2, every=3)
+TINY = TrainConfig(GPTConfig(depth=5, width=16, num_heads=2, context=8), steps=6, batch=2, every=3)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_decoder_is_causal_and_bad_shapes_are_refused() -> None:
     torch.testing.assert_close(model(x)[:, :-1], model(changed)[:, :-1])
     with pytest.raises(ValueError, match="baseline must be one of dense, plain"):
         GPTConfig(baseline="x")
-    with pytest.raises(ValueError, match="width=10 must be an even multiple of heads=4"):
+    with pytest.raises(ValueError, match="width=10 must be an even multiple of num_heads=4"):
         GPTConfig(width=10)
 
 
@@ -205,7 +205,7 @@ def test_a_token_file_trains_as_its_tokens_in_memory(corpus: data.Corpus, tmp_pa
 @pytest.mark.slow
 def test_trained_averages_are_not_trivial() -> None:
     """Twelve blocks, 300 steps: weights beside the diagonal grow to the hundredths, as in the paper."""
-    base = TrainConfig(GPTConfig(depth=12, width=32, heads=2), steps=300, every=300)
+    base = TrainConfig(GPTConfig(depth=12, width=32, num_heads=2), steps=300, every=300)
     found = train(base, data.pydoc().tokens)
     dwa = found.model.stack.dwa
     assert float(analysis.off_diagonal(dwa).abs().mean()) > 0.01
@@ -355,7 +355,7 @@ def test_train_inspect_and_plot(tmp_path: Path, capsys: Any) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
     options = [
-        "--depth", "5", "--width", "16", "--heads", "2", "--context", "8", "--batch", "2",
+        "--depth", "5", "--width", "16", "--num-heads", "2", "--context", "8", "--batch", "2",
         "--steps", "4", "--every", "2", "--data", str(text),
     ]  # fmt: skip
     found = run(capsys, "train", *options, "--out", str(tmp_path / "out"), "--dilation", "2")
@@ -386,7 +386,7 @@ def test_train_on_a_corpus_of_tokens(name: str, tmp_path: Path, capsys: Any) -> 
         numbers = list(range(50_000, 50_200))
         corpora.write_tokens([""], folder / f"{name}-{part}.bin", lambda _, ids=numbers: ids)
     options = [
-        "--depth", "2", "--width", "8", "--heads", "2", "--context", "8", "--batch", "2", "--steps",
+        "--depth", "2", "--width", "8", "--num-heads", "2", "--context", "8", "--batch", "2", "--steps",
         "2", "--quiet",
     ]  # fmt: skip
     found = run(capsys, "train", "--data", name, "--data-dir", str(tmp_path), *options)
@@ -465,13 +465,13 @@ def test_unreadable_checkpoints_exit_with_2(
 
 @pytest.mark.parametrize(
     "option",
-    ["--heads 0", "--steps 0", "--every 0", "--batch 0", "--context 0", "--context 99999999",
+    ["--num-heads 0", "--steps 0", "--every 0", "--batch 0", "--context 0", "--context 99999999",
      "--width -8", "--delay -1", "--compare 0", "--compare -1", "--dilation 0", "--dropout 1",
      "--accumulate 3", "--device nowhere"],
 )  # fmt: skip
 def test_training_options_out_of_range_exit_with_2(option: str, capsys: Any) -> None:
     assert cli.main(["train", "--quiet", *option.split()]) == 2
-    assert option.split()[0].strip("-") in capsys.readouterr().err
+    assert option.split()[0].strip("-").replace("-", "_") in capsys.readouterr().err
 
 
 def test_other_numbers_out_of_range_exit_with_2(tmp_path: Path, capsys: Any) -> None:

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", type=int, metavar="SEEDS", help="plain, 1x1, 4x5 and gains, paired"
     )
     train.add_argument("--width", type=int, default=64)
-    train.add_argument("--heads", type=int, default=4)
+    train.add_argument("--num-heads", type=int, default=4)
     train.add_argument("--context", type=int, default=64)
     train.add_argument("--batch", type=int, default=16)
     train.add_argument("--accumulate", type=int, default=1, help="parts of a batch")
@@ -115,7 +115,7 @@ def _train(arguments: argparse.Namespace) -> Any:
         corpus = data.text_file(arguments.data)
     vocabulary = corpora.VOCABULARY if arguments.data in corpora.TOKENISED else 256
     model = GPTConfig(
-        arguments.depth, arguments.width, arguments.heads, vocabulary, arguments.context,
+        arguments.depth, arguments.width, arguments.num_heads, vocabulary, arguments.context,
         arguments.baseline, arguments.dilation, arguments.period, arguments.dropout,
     )  # fmt: skip
     config = TrainConfig(

@@ -22,7 +22,7 @@ class GPTConfig:
 
     depth: int = 16
     width: int = 64
-    heads: int = 4
+    num_heads: int = 4
     vocab: int = 256
     context: int = 64
     baseline: str = "dense"
@@ -39,10 +39,12 @@ class GPTConfig:
             raise ValueError(
                 f"baseline must be one of {', '.join(BASELINES)}; got {self.baseline!r}"
             )
-        for name in ("depth", "width", "heads", "vocab", "context", "dilation", "period"):
+        for name in ("depth", "width", "num_heads", "vocab", "context", "dilation", "period"):
             check_int(name, getattr(self, name))
-        if self.width % self.heads or self.width // self.heads % 2:
-            raise ValueError(f"width={self.width} must be an even multiple of heads={self.heads}")
+        if self.width % self.num_heads or self.width // self.num_heads % 2:
+            raise ValueError(
+                f"width={self.width} must be an even multiple of num_heads={self.num_heads}"
+            )
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -60,9 +62,9 @@ def rotate(x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention on the normalised stream, without its skip."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.drop = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width, eps=1e-5, bias=False)
         self.c_attn = nn.Linear(width, 3 * width, bias=False)
@@ -70,7 +72,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, time, width) to the same shape."""
-        shape = (*x.shape[:2], self.heads, -1)
+        shape = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (
             t.view(shape).transpose(1, 2) for t in self.c_attn(self.norm(x)).chunk(3, dim=-1)
         )
@@ -98,7 +100,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attn = Attention(config.width, config.heads, config.dropout)
+        self.attn = Attention(config.width, config.num_heads, config.dropout)
         self.mlp = MLP(config.width, config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
