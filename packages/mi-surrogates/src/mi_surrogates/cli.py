@@ -44,7 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--surrogate", choices=("ensemble", "mlp", "quadratic", "gp"), default="ensemble"
     )
-    run.add_argument("--designs", type=int, default=20)
+    run.add_argument(
+        "--designs",
+        type=lambda text: text if text == "auto" else int(text),
+        default=20,
+        help="of an iteration, or auto (20)",
+    )
     run.add_argument("--events", type=int, default=400)
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--checkpoint", type=Path, help="folder of the run")

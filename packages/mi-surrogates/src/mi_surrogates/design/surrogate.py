@@ -6,6 +6,7 @@ All are `nn.Module`s with `fit(theta, value, stderr=None, weight=None)` and
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -391,18 +392,44 @@ SURROGATES = ("ensemble", "mlp", "quadratic", "gp")
 
 
 def make_surrogate(
-    name: str, dim: int, *, warm_start: bool = False, generator: torch.Generator | None = None
+    surrogate: str | nn.Module,
+    dim: int,
+    *,
+    warm_start: bool = False,
+    generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Return a surrogate by name: "ensemble", "mlp", "quadratic" or "gp".
+    """Return a surrogate by name ("ensemble", "mlp", "quadratic", "gp"), or a copy of an instance.
+
+    Args:
+        surrogate: a name, or a module with `fit(theta, value, stderr, weight)` and
+            `forward(theta) -> (mean, std)`.
+        dim: F.
+        warm_start: whether a second fit goes on from the first one's function.
+        generator: of a named network's initial weights.
 
     Example:
         >>> type(make_surrogate("quadratic", 3)).__name__
         'QuadraticSurrogate'
+        >>> make_surrogate(EnsembleSurrogate(3, members=8), 3).members
+        8
     """
-    if name not in SURROGATES:
-        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {name!r}")
-    if name == "ensemble":
+    if isinstance(surrogate, nn.Module):
+        if not callable(getattr(surrogate, "fit", None)):
+            raise TypeError(f"a surrogate needs a method fit, {type(surrogate).__name__} has none")
+        if getattr(surrogate, "dim", dim) != dim:
+            raise ValueError(
+                f"the surrogate is of {surrogate.dim} parameters, the design space has {dim}"
+            )
+        copied = copy.deepcopy(surrogate)
+        if isinstance(copied, EnsembleSurrogate):
+            copied.warm_start = warm_start
+        return copied
+    if surrogate not in SURROGATES:
+        raise ValueError(
+            f"surrogate must be a module or one of {', '.join(SURROGATES)}, got {surrogate!r}"
+        )
+    if surrogate == "ensemble":
         return EnsembleSurrogate(dim, warm_start=warm_start, generator=generator)
-    if name == "mlp":
+    if surrogate == "mlp":
         return MLPSurrogate(dim, warm_start=warm_start, generator=generator)
-    return QuadraticSurrogate(dim) if name == "quadratic" else GPSurrogate(dim)
+    return QuadraticSurrogate(dim) if surrogate == "quadratic" else GPSurrogate(dim)
