@@ -16,7 +16,7 @@ from mi_surrogates.design.space import DesignSpace
 from mi_surrogates.errors import CheckpointMismatch, SimulationError
 from mi_surrogates.loop.describe import describe
 from mi_surrogates.loop.execute import Floats, Simulator, Trial, check_picklable, run_trials
-from mi_surrogates.loop.history import Iteration, OptimizeResult
+from mi_surrogates.loop.history import Iteration, OptimizeResult, valid_json
 from mi_surrogates.loop.objectives import Objective
 from mi_surrogates.loop.optimizer import Optimizer
 from mi_surrogates.loop.store import Store
@@ -230,7 +230,8 @@ def _loop(
         _simulate(simulator, optimizer, store, **running)
         record = optimizer.step()
         if store is not None:
-            store.save_state(optimizer.state_dict(), [each.as_dict() for each in optimizer.history])
+            rows = [valid_json(each.as_dict()) for each in optimizer.history]
+            store.save_state(optimizer.state_dict(), rows)
         answers = [hook(record) for hook in hooks]
         if any(answer is True for answer in answers):
             return "callback"
