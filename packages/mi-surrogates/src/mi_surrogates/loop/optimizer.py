@@ -140,7 +140,7 @@ class Optimizer:
         self.largest = np.maximum(
             np.minimum(space.sigma * sigma_max, (space.upper - space.lower) / 2), self.smallest
         )
-        self.settled = np.minimum(0.1 * space.sigma, self.largest)
+        self.settled = np.maximum(0.1 * space.sigma, 1.1 * self.smallest)  # never ends the run
         self._surrogate = surrogate  # a name, or what new ones are copies of
         self.surrogate = self.new_surrogate()
         self.region = Region(space.project(space.initial), np.diag(space.sigma**2), trust_radius)
@@ -421,7 +421,8 @@ class Optimizer:
             cov = rescaled(cov, 0.25, self.smallest, self.largest)
         elif self.adapt == "trust" and clear and step.length < self.region.radius / 2:
             # the top is inside: a smaller region has less that the surrogate cannot follow
-            cov = rescaled(cov, 0.5, np.maximum(self.smallest, self.settled), self.largest)
+            least = np.minimum(self.settled, self.region.sigma)
+            cov = rescaled(cov, 0.5, least, self.largest)
         floor = bool((np.sqrt(np.diag(cov)) <= self.smallest * (1 + 1e-9)).all())
         self.region = Region(step.theta, cov, self.region.radius)
         self.history.append(record)
