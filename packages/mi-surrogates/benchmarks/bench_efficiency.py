@@ -260,7 +260,7 @@ def table(rows: list[dict[str, Any]]) -> None:
             seconds = float(np.median([r["seconds"] for r in found]))
             print(f"| {name} | {method} | {len(found)} | {shown} | {seconds:.1f} |")
     first = next(iter(METHODS))
-    names = [name for name in PROBLEMS if (name, first) in medians]
+    names = [name for name in ALL if (name, first) in medians]
     for i, share in enumerate(SHARES):
         best, close, twice = [], [], []
         for name in names:

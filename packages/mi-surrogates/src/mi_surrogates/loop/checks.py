@@ -64,7 +64,8 @@ def trend_probability(z: Floats, value: Floats, block: NDArray[np.int64] | None 
         return float(((value - fitted) ** 2).sum())
 
     without, rest = left(level), left(np.column_stack([level, z]))
-    return float(fdtrc(dim, freedom, (without - rest) / dim / max(rest / freedom, 1e-300)))
+    explained = max(without - rest, 0.0)  # rounding
+    return float(fdtrc(dim, freedom, explained / dim / max(rest / freedom, 1e-300)))
 
 
 def check_counts(**counts: tuple[int, int]) -> None:

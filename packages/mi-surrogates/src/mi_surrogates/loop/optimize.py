@@ -230,8 +230,9 @@ def _loop(
         _simulate(simulator, optimizer, store, **running)
         record = optimizer.step()
         if store is not None:
-            rows = [valid_json(each.as_dict()) for each in optimizer.history]
-            store.save_state(optimizer.state_dict(), rows)
+            store.save_state(
+                optimizer.state_dict(), [valid_json(each.as_dict()) for each in optimizer.history]
+            )
         answers = [hook(record) for hook in hooks]
         if any(answer is True for answer in answers):
             return "callback"
