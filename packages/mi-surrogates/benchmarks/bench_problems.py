@@ -38,7 +38,7 @@ def main() -> None:
                 seed=seed,
                 progress=False,
             )
-            regrets.append(1 - problem.information(result.theta) / problem.best)
+            regrets.append(max(0.0, 1 - problem.information(result.theta) / problem.best))
             ends.append(result.status)
         spent = (time.process_time() - begin) / arguments.seeds
         good = sum(regret <= 0.05 for regret in regrets)

@@ -210,6 +210,34 @@ def test_surrogates_compile(surrogate: nn.Module) -> None:
     assert torch.allclose(compiled(probe)[0], surrogate(probe)[0], atol=1e-6)
 
 
+def test_batch_norm_is_that_of_torch_layer_by_layer() -> None:
+    """The released surrogate: Linear, BatchNorm1d, ELU, three times, and Linear."""
+    generator = torch.Generator().manual_seed(0)
+    ours = MLPSurrogate(2, batch_norm=True, generator=generator, dtype=torch.float64)
+    theta = torch.randn(30, 2, generator=generator, dtype=torch.float64)
+    value = -theta.square().sum(1)
+    net = ours.net
+    layers: list[nn.Module] = []
+    products = [net.first[0], *net.weights]
+    for i, (weight, bias) in enumerate(zip(products, net.biases, strict=True)):
+        linear = nn.Linear(*weight.shape[1:], dtype=torch.float64)
+        with torch.no_grad():
+            linear.weight.copy_(weight[0].T)
+            linear.bias.copy_(bias[0, 0])
+        layers.append(linear)
+        if i < 3:
+            layers += [nn.BatchNorm1d(weight.shape[2], dtype=torch.float64), nn.ELU()]
+    theirs = nn.Sequential(*layers)
+    torch.testing.assert_close(net.train()(theta[None])[0], theirs(theta))  # batch statistics
+    torch.testing.assert_close(net.eval()(theta[None])[0], theirs.eval()(theta))  # running ones
+    mean, _ = ours.fit(theta, value)(theta)
+    assert not net.training
+    assert (mean - value).square().mean() < 0.1 * value.var()
+    again = MLPSurrogate(2, batch_norm=True, dtype=torch.float64)
+    again.load_state_dict(ours.state_dict())
+    assert torch.equal(again(theta)[0], mean)
+
+
 def test_ensemble_members_disagree_where_there_is_no_data() -> None:
     z = points(1, 30).float() * 0.3
     surrogate = EnsembleSurrogate(1, generator=torch.Generator().manual_seed(0)).fit(z, z[:, 0])

@@ -19,9 +19,11 @@ from mi_surrogates.problems import (
     DigitSensors,
     Problem,
     SensorRing,
+    gaussian_information,
     linear_information,
     noisy_channel_information,
     saturating_information,
+    uniform_information,
 )
 
 
@@ -41,6 +43,23 @@ from mi_surrogates.problems import (
 def test_noisy_channel_has_the_known_information(theta: tuple[float, float], nats: float) -> None:
     assert noisy_channel_information(np.array(theta)) == pytest.approx(nats, abs=1e-6)
     assert noisy_channel_information(np.array([1.0, np.e])) == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "nats"),
+    [
+        (gaussian_information(0.75), 0.413339),
+        (gaussian_information(0.9), 0.830366),
+        (gaussian_information(0.99), 1.958518),
+        (gaussian_information(0.999), 3.107554),
+        (uniform_information(0.1), 1.709438),
+        (uniform_information(0.75), 1 / 3),
+        (PROBLEMS["water_filling"].information(np.array([1.0, 0.75, 0.25, 0.0])), 1.374436),
+        (PROBLEMS["regression"].information(np.array([-1.0, 0.0, 1.0])), 7.615767),
+    ],
+)
+def test_closed_forms_have_the_published_values(found: float, nats: float) -> None:
+    assert found == pytest.approx(nats, abs=1e-6)
 
 
 def test_saturating_sensor_has_the_known_optimum() -> None:

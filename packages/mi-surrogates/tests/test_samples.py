@@ -17,7 +17,7 @@ from mi_surrogates.information.gaussian import (
     gaussian_mi_from_cov,
     gaussian_terms,
 )
-from mi_surrogates.information.knn import entropy_knn, ksg, ksg_terms
+from mi_surrogates.information.knn import _tree_counts, entropy_knn, ksg, ksg_terms
 
 
 def pair(n: int, dim: int = 1, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,3 +137,22 @@ def test_degenerate_columns_are_named() -> None:
         gaussian_mi(torch.stack([x[:, 0], torch.ones(50).double()], 1), y)
     with pytest.raises(DegenerateData, match="singular"):
         gaussian_mi(torch.cat([x, x], 1), y)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_tree_counts_are_those_of_the_definition_where_distances_are_equal_but_for_rounding(
+    dim: int,
+) -> None:
+    """On a line two binary searches count: their ends must agree with |difference| < radius."""
+    rng = np.random.default_rng(0)
+    for trial in range(40):
+        step = (0.01, 1 / 64)[trial % 2]
+        x, y = (np.round(rng.standard_normal((120, d)) / step) * step for d in (1, dim))
+        x, y = (v + rng.integers(0, 3, v.shape) * 2.0**-52 for v in (x, y))
+        counts = _tree_counts(x, y, 3, 1)
+        dx, dy = (np.abs(v[:, None] - v[None]).max(-1) for v in (x, y))
+        radius = np.sort(np.maximum(dx, dy), 1)[:, 3]
+        apart = radius > 0
+        expected = np.stack([(d < radius[:, None]).sum(1) - 1 for d in (dx, dy)], 1)
+        assert (counts[apart] == expected[apart]).all()
+        assert apart.sum() > 100

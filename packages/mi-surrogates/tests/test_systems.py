@@ -25,7 +25,7 @@ from mi_surrogates import (
     SimulationError,
     optimize,
 )
-from mi_surrogates.cli import main
+from mi_surrogates.cli import load_space, main
 from mi_surrogates.loop.describe import describe
 from mi_surrogates.loop.execute import Trial, run_trials
 from mi_surrogates.loop.store import Store, write_atomically
@@ -423,15 +423,42 @@ def test_interrupted_write_leaves_the_old_file(
     assert path.read_bytes() == b"old"
 
 
+def test_no_state_is_written_after_events_that_could_not_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path, {})
+    store.save_events(0, 0, np.zeros((2, 1)), np.zeros((2, 1)))
+    store.flush()
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    store.save_events(0, 1, np.zeros((2, 1)), np.zeros((2, 1)))
+    with pytest.raises(OSError, match="no space left"):
+        store.save_state({}, [])
+    monkeypatch.undo()
+    store.close()
+    assert not (tmp_path / "state.pt").exists()
+    with Store(tmp_path, {}) as again:
+        assert again.load_events(0, 0) is not None
+        assert again.load_events(0, 1) is None
+        again.save_state({"a": 1}, [])
+    with Store(tmp_path, {}) as again:
+        assert again.load_state() == {"a": 1}
+
+
 @pytest.mark.slow
 def test_memory_of_many_iterations_is_flat(tmp_path: Path) -> None:
     """Events live on disk; what stays is a few numbers for each design."""
+    import gc
     import tracemalloc
 
     sizes = []
 
     def remember(iteration) -> None:
         if iteration.index in (10, 49):
+            gc.collect()  # what lives, not what waits to be freed
             sizes.append(tracemalloc.get_traced_memory()[0])
 
     tracemalloc.start()
@@ -496,7 +523,36 @@ def test_command_line_runs_resumes_and_reports(
     assert picture.stat().st_size > 1000
     assert main(["report", folder, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["history"]) == 4
+    file = tmp_path / "run" / "history.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["value"] = rows[0]["stderr"] = float("nan")
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert main(["report", folder, "--json"]) == 0  # a nominal design may have failed
+    shown = capsys.readouterr().out
+    assert "NaN" not in shown
+    assert json.loads(shown)["history"][0]["value"] is None
+    assert main(["report", folder]) == 0
+    assert " nan " in capsys.readouterr().out
     assert main(["run", *common, "--objective", "reco", "--iterations", "1"]) == 0
+
+
+def test_soft_constraints_come_from_the_space_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(HERE)
+    file = tmp_path / "space.toml"
+    file.write_text(
+        SPACE.replace("0.3", "0.2") + "[[soft]]\nfunction = 'toy_simulators:ring'\nupper = 0.7\n"
+    )
+    space = load_space(file)
+    assert space.violation(np.array([0.6, 0.5])) == 0
+    assert space.violation(np.array([0.8, 0.4])) == pytest.approx(0.8 / 0.7 - 1)
+    arguments = ["toy_simulators:linear", "--space", str(file), "--method", "gaussian", "--json"]
+    arguments += ["--surrogate", "quadratic", "--designs", "auto", "--events", "100", "--quiet"]
+    assert main(["run", *arguments, "--iterations", "4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["violation"] <= 1e-3
+    assert found["events"] == 4 * 8 * 100
 
 
 def test_resume_goes_on_with_the_last_command_that_began(
@@ -565,6 +621,11 @@ def test_command_line_estimates_and_lists(
         (["run", "math:sin", "--space", "odd.toml"], "a parameter has initial"),
         (["run", "math:sin", "--space", "extra.toml"], "unknown tables limits"),
         (["run", "math:sin", "--space", "row.toml"], "needs a and upper"),
+        (["run", "math:sin", "--space", "soft.toml"], "needs function and upper"),
+        (
+            ["run", "math:sin", "--space", "lost.toml"],
+            "no module 'nowhere' for the soft constraint",
+        ),
     ],
 )
 def test_command_line_says_what_is_wrong(
@@ -582,6 +643,8 @@ def test_command_line_says_what_is_wrong(
     Path("odd.toml").write_text(row + "unit = 3\n")
     Path("extra.toml").write_text(row + "[limits]\n")
     Path("row.toml").write_text(row + "[[linear]]\na = [1.0]\n")
+    Path("soft.toml").write_text(row + "[[soft]]\nupper = 1.0\n")
+    Path("lost.toml").write_text(row + "[[soft]]\nfunction = 'nowhere:f'\nupper = 1.0\n")
     assert main([*arguments, "--quiet"]) == 2
     import re
 

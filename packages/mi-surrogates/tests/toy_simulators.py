@@ -6,6 +6,7 @@ import os
 import time
 
 import numpy as np
+import torch
 
 from mi_surrogates import DesignSpace
 
@@ -14,6 +15,11 @@ def linear(theta: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray
     """Gaussian x; the noise is smallest at theta = (0.7, 0.4)."""
     x, noise = np.random.default_rng(seed).standard_normal((2, n))
     return x, x + (0.2 + ((theta - [0.7, 0.4]) ** 2).sum()) * noise
+
+
+def ring(theta: torch.Tensor) -> torch.Tensor:
+    """A constraint: the squared distance from the origin."""
+    return theta.square().sum(-1)
 
 
 def ignores(theta: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

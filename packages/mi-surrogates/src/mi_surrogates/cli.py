@@ -44,7 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--surrogate", choices=("ensemble", "mlp", "quadratic", "gp"), default="ensemble"
     )
-    run.add_argument("--designs", type=int, default=20)
+    run.add_argument(
+        "--designs",
+        type=lambda text: text if text == "auto" else int(text),
+        default=20,
+        help="of an iteration, or auto (20)",
+    )
     run.add_argument("--events", type=int, default=400)
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--checkpoint", type=Path, help="folder of the run")
@@ -75,7 +80,8 @@ def load_space(path: Path) -> DesignSpace:
     """Read a design space from TOML.
 
     `[parameters.NAME]` has initial, lower, upper and optionally sigma; every `[[linear]]` has a (one number
-    for each parameter), upper and optionally equal.
+    for each parameter), upper and optionally equal; every `[[soft]]` has function ("package.module:name" of
+    a differentiable, batched function (B, F) to (B,)) and upper.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -88,7 +94,7 @@ def load_space(path: Path) -> DesignSpace:
         table: dict[str, Any] = tomllib.load(file)
     if not table.get("parameters"):
         raise ValueError(f"{path} has no [parameters.NAME] tables")
-    if unknown := sorted(set(table) - {"parameters", "linear"}):
+    if unknown := sorted(set(table) - {"parameters", "linear", "soft"}):
         raise ValueError(f"{path}: unknown tables {', '.join(unknown)}")
     try:
         space = DesignSpace({name: Parameter(**row) for name, row in table["parameters"].items()})
@@ -98,20 +104,24 @@ def load_space(path: Path) -> DesignSpace:
         if not {"a", "upper"} <= set(row):
             raise ValueError(f"{path}: [[linear]] needs a and upper, got {sorted(row)}")
         space.add_linear(row["a"], row["upper"], equal=bool(row.get("equal", False)))
+    for row in table.get("soft", []):
+        if set(row) != {"function", "upper"}:
+            raise ValueError(f"{path}: [[soft]] needs function and upper, got {sorted(row)}")
+        space.add_constraint(load_callable(row["function"], "soft constraint"), row["upper"])
     return space
 
 
-def load_simulator(name: str) -> Any:
+def load_callable(name: str, what: str = "simulator") -> Any:
     """Import `package.module:name`; the present folder is searched, too."""
     module, _, attribute = name.partition(":")
     if not attribute:
-        raise ValueError(f"the simulator must be package.module:name, got {name!r}")
+        raise ValueError(f"the {what} must be package.module:name, got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"no module {error.name!r} for the simulator {name!r}") from None
+        raise ValueError(f"no module {error.name!r} for the {what} {name!r}") from None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"module {module!r} cannot be imported: {reason}") from error
@@ -160,6 +170,7 @@ def _optimize(spec: dict[str, Any], arguments: argparse.Namespace) -> int:
     from concurrent.futures import ProcessPoolExecutor
 
     from mi_surrogates.loop import MIObjective, optimize
+    from mi_surrogates.loop.history import valid_json
 
     for key in NUMBERS:
         if getattr(arguments, key) is not None:
@@ -167,7 +178,7 @@ def _optimize(spec: dict[str, Any], arguments: argparse.Namespace) -> int:
     workers = spec["workers"]
     if workers < 1:
         raise ValueError(f"--workers must be at least 1, got {workers}")
-    simulator, space = load_simulator(spec["simulator"]), load_space(Path(spec["space"]))
+    simulator, space = load_callable(spec["simulator"]), load_space(Path(spec["space"]))
     if arguments.checkpoint is not None:
         _remember(arguments.checkpoint, spec)
     pool = ProcessPoolExecutor(workers) if workers > 1 else None
@@ -202,7 +213,7 @@ def _optimize(spec: dict[str, Any], arguments: argparse.Namespace) -> int:
         "seconds": round(result.seconds, 2),
     }
     if arguments.json:
-        print(json.dumps(summary))
+        print(json.dumps(valid_json(summary), allow_nan=False))
     else:
         for name, value in result.theta_dict.items():
             print(f"{name:20} {value:.6g}")
@@ -212,27 +223,29 @@ def _optimize(spec: dict[str, Any], arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from mi_surrogates.loop.history import History, Iteration
+    from mi_surrogates.loop.history import History, Iteration, valid_json
 
     file = arguments.checkpoint / "history.jsonl"
     if not file.exists():
         raise ValueError(f"{arguments.checkpoint} has no finished iteration")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    # older runs have NaN in their lines
+    rows = [valid_json(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    iterations = [Iteration.from_json(row) for row in rows]
     config = json.loads((arguments.checkpoint / "config.json").read_text(encoding="utf-8"))
     names = config["space"]["names"]
     if arguments.json:
-        print(json.dumps({"names": names, "history": rows}))
+        print(json.dumps({"names": names, "history": rows}, allow_nan=False))
     else:
         print(f"{'it':>4} {'events':>9} {'value':>9} {'±':>8}  step      " + "  ".join(names))
-        for row in rows:
-            verdict = "accepted" if row["accepted"] else "rejected"
-            design = "  ".join(f"{value:.4g}" for value in row["theta"])
+        for each in iterations:
+            verdict = "accepted" if each.accepted else "rejected"
+            design = "  ".join(f"{value:.4g}" for value in each.theta)
             print(
-                f"{row['index']:4} {row['events']:9} {row['value']:9.4f} {row['stderr']:8.4f}  "
+                f"{each.index:4} {each.events:9} {each.value:9.4f} {each.stderr:8.4f}  "
                 f"{verdict}  {design}"
             )
     if arguments.out is not None:
-        _picture(History((Iteration(**row) for row in rows), names), arguments.out)
+        _picture(History(iterations, names), arguments.out)
     return 0
 
 
@@ -276,6 +289,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
     import torch
 
     from mi_surrogates.information import mutual_information
+    from mi_surrogates.loop.history import valid_json
 
     if arguments.data.exists() and not zipfile.is_zipfile(arguments.data):
         raise ValueError(f"{arguments.data} is no npz file")
@@ -304,7 +318,8 @@ def _estimate(arguments: argparse.Namespace) -> int:
             row.update(bias=null.bias, p_value=null.p_value)
         rows.append(row)
     if arguments.json:
-        print(json.dumps({"units": arguments.units, "events": len(x), "estimates": rows}))
+        out = {"units": arguments.units, "events": len(x), "estimates": rows}
+        print(json.dumps(valid_json(out), allow_nan=False))
         return 0
     print(f"{'method':10} {arguments.units:>9} {'±':>8}  bound")
     for row in rows:

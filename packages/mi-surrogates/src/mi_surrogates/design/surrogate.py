@@ -6,6 +6,7 @@ All are `nn.Module`s with `fit(theta, value, stderr=None, weight=None)` and
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,6 +96,7 @@ class EnsembleSurrogate(_Scaled):
         steps: full-batch steps of AdamW.
         lr: learning rate, falling linearly to 0.
         weight_decay: of the weights, not the biases.
+        batch_norm: after each hidden layer's product, with running averages for predictions.
         generator: initial weights and bootstrap.
         warm_start: whether a second `fit` goes on from the present function.
 
@@ -116,6 +118,7 @@ class EnsembleSurrogate(_Scaled):
         steps: int = 150,
         lr: float = 0.02,
         weight_decay: float = 1e-2,
+        batch_norm: bool = False,
         warm_start: bool = False,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
@@ -127,8 +130,15 @@ class EnsembleSurrogate(_Scaled):
         self.weight_decay, self.warm_start, self.fitted = weight_decay, warm_start, False
         self.generator = generator
         self.net = BatchedMLP(
-            [dim], hidden, 1, groups=members, act=act, generator=generator, dtype=dtype
-        )
+            [dim],
+            hidden,
+            1,
+            groups=members,
+            act=act,
+            norm=batch_norm,
+            generator=generator,
+            dtype=dtype,
+        ).eval()
 
     def fit(
         self,
@@ -161,12 +171,13 @@ class EnsembleSurrogate(_Scaled):
         optimizer = torch.optim.AdamW(
             [
                 {"params": decay, "weight_decay": self.weight_decay},
-                {"params": list(self.net.biases), "weight_decay": 0.0},
+                {"params": [*self.net.biases, *self.net.norms.parameters()], "weight_decay": 0.0},
             ],
             lr=self.lr,
             fused=True,
         )
         inputs = u.expand(self.members, -1, -1)
+        self.net.train()
         for step in range(self.steps):
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * (1 - step / self.steps)
@@ -174,6 +185,7 @@ class EnsembleSurrogate(_Scaled):
             optimizer.zero_grad()
             (boot * error.square()).sum().backward()
             optimizer.step()
+        self.net.eval()
         return self
 
     def forward(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +201,8 @@ class EnsembleSurrogate(_Scaled):
 class MLPSurrogate(EnsembleSurrogate):
     """The paper's surrogate: F → 10 → 20 → 10 → 1 with ELU, one network, no standard deviation.
 
-    Without the released code's BatchNorm: with twenty points its statistics are the largest noise.
+    Without the released code's BatchNorm by default: with twenty points its statistics are the largest
+    noise. `batch_norm=True` has it.
 
     Example:
         >>> MLPSurrogate(2)(torch.zeros(3, 2))[1]
@@ -203,6 +216,7 @@ class MLPSurrogate(EnsembleSurrogate):
         width: int = 10,
         steps: int = 300,
         lr: float = 0.05,
+        batch_norm: bool = False,
         warm_start: bool = False,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
@@ -215,6 +229,7 @@ class MLPSurrogate(EnsembleSurrogate):
             steps=steps,
             lr=lr,
             weight_decay=0.0,
+            batch_norm=batch_norm,
             warm_start=warm_start,
             generator=generator,
             dtype=dtype,
@@ -391,18 +406,44 @@ SURROGATES = ("ensemble", "mlp", "quadratic", "gp")
 
 
 def make_surrogate(
-    name: str, dim: int, *, warm_start: bool = False, generator: torch.Generator | None = None
+    surrogate: str | nn.Module,
+    dim: int,
+    *,
+    warm_start: bool = False,
+    generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Return a surrogate by name: "ensemble", "mlp", "quadratic" or "gp".
+    """Return a surrogate by name ("ensemble", "mlp", "quadratic", "gp"), or a copy of an instance.
+
+    Args:
+        surrogate: a name, or a module with `fit(theta, value, stderr, weight)` and
+            `forward(theta) -> (mean, std)`.
+        dim: F.
+        warm_start: whether a second fit goes on from the first one's function.
+        generator: of a named network's initial weights.
 
     Example:
         >>> type(make_surrogate("quadratic", 3)).__name__
         'QuadraticSurrogate'
+        >>> make_surrogate(EnsembleSurrogate(3, members=8), 3).members
+        8
     """
-    if name not in SURROGATES:
-        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {name!r}")
-    if name == "ensemble":
+    if isinstance(surrogate, nn.Module):
+        if not callable(getattr(surrogate, "fit", None)):
+            raise TypeError(f"a surrogate needs a method fit, {type(surrogate).__name__} has none")
+        if getattr(surrogate, "dim", dim) != dim:
+            raise ValueError(
+                f"the surrogate is of {surrogate.dim} parameters, the design space has {dim}"
+            )
+        copied = copy.deepcopy(surrogate)
+        if isinstance(copied, EnsembleSurrogate):
+            copied.warm_start = warm_start
+        return copied
+    if surrogate not in SURROGATES:
+        raise ValueError(
+            f"surrogate must be a module or one of {', '.join(SURROGATES)}, got {surrogate!r}"
+        )
+    if surrogate == "ensemble":
         return EnsembleSurrogate(dim, warm_start=warm_start, generator=generator)
-    if name == "mlp":
+    if surrogate == "mlp":
         return MLPSurrogate(dim, warm_start=warm_start, generator=generator)
-    return QuadraticSurrogate(dim) if name == "quadratic" else GPSurrogate(dim)
+    return QuadraticSurrogate(dim) if surrogate == "quadratic" else GPSurrogate(dim)

@@ -40,13 +40,39 @@ def _scaled(block: Tensor) -> Tensor:
     return centred / torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
+def _line_counts(values: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Return (N,) numbers of values (N,), the own one included, strictly nearer than the radius (N,)."""
+    line = np.sort(values)
+    last, positive = len(line) - 1, radius > 0
+    low = np.searchsorted(line, values - radius, "right")
+    high = np.searchsorted(line, values + radius, "left")
+
+    def near(place: np.ndarray) -> np.ndarray:
+        return np.asarray(np.abs(values - line[place.clip(0, last)]) < radius)
+
+    # values ± radius are rounded: move the ends until the comparison of the definition agrees
+    while (move := (low > 0) & near(low - 1)).any():
+        low -= move
+    while (move := positive & ~near(low)).any():
+        low += move
+    while (move := (high <= last) & near(high)).any():
+        high += move
+    while (move := positive & ~near(high - 1)).any():
+        high -= move
+    return np.where(positive, high - low, 1)
+
+
 def _tree_counts(x: np.ndarray, y: np.ndarray, k: int, workers: int) -> np.ndarray:
     """Return (N, 2) numbers of other points strictly nearer than the k-th joint neighbour."""
     joint = np.concatenate([x, y], 1)
     radius = cKDTree(joint).query(joint, [k + 1], p=np.inf, workers=workers)[0][:, 0]
     inside = np.nextafter(radius, 0)
     counts = [
-        cKDTree(block).query_ball_point(block, inside, np.inf, workers=workers, return_length=True)
+        _line_counts(block[:, 0], radius)
+        if block.shape[1] == 1
+        else cKDTree(block).query_ball_point(
+            block, inside, np.inf, workers=workers, return_length=True
+        )
         for block in (x, y)
     ]
     # a point with coinciding neighbours (radius 0) still counts itself

@@ -46,6 +46,7 @@ class BatchedMLP(nn.Module):
         groups: G.
         act: name of the activation.
         final: whether the output is activated, too.
+        norm: batch normalisation after each hidden layer's product, as `torch.nn.BatchNorm1d`'s.
         generator: source of the initial weights, uniform in ±1/√fan_in as torch.nn.Linear's.
 
     Example:
@@ -63,6 +64,7 @@ class BatchedMLP(nn.Module):
         groups: int = 1,
         act: str = "leaky_relu",
         final: bool = False,
+        norm: bool = False,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -81,6 +83,9 @@ class BatchedMLP(nn.Module):
             [draw(a, a, b) for a, b in zip(fan_ins[1:], sizes[1:], strict=True)]
         )
         self.biases = nn.ParameterList([draw(a, 1, b) for a, b in zip(fan_ins, sizes, strict=True)])
+        self.norms = nn.ModuleList(
+            [nn.BatchNorm1d(groups * size, dtype=dtype) for size in hidden] if norm else []
+        )
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Map inputs (M, B or 1, d_i) to (M, B, out); M is a multiple of the groups."""
@@ -94,10 +99,19 @@ class BatchedMLP(nn.Module):
         assert h is not None
         rows = h.shape[1]
         h = h.reshape(self.groups, -1, h.shape[-1]) + self.biases[0]
-        for weight, bias in zip(self.weights, list(self.biases)[1:], strict=True):
-            h = torch.baddbmm(bias, act(h), weight)
+        for i, (weight, bias) in enumerate(zip(self.weights, list(self.biases)[1:], strict=True)):
+            h = torch.baddbmm(bias, act(self._normed(h, i)), weight)
         h = act(h) if self.final else h
         return h.reshape(designs, rows, -1)
+
+    def _normed(self, h: Tensor, layer: int) -> Tensor:
+        """Normalise (G, rows, H) over the rows."""
+        if len(self.norms) == 0:
+            return h
+        groups, rows, size = h.shape
+        flat = self.norms[layer](h.transpose(0, 1).reshape(rows, groups * size))
+        out: Tensor = flat.reshape(rows, groups, size).transpose(0, 1)
+        return out
 
     @torch.no_grad()
     def change_input(self, index: int, scale: Tensor, shift: Tensor) -> None:

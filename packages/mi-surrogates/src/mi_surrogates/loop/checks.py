@@ -7,6 +7,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import fdtrc
+from torch import nn
+
+from mi_surrogates.design.surrogate import QuadraticSurrogate
 
 Floats = NDArray[np.float64]
 
@@ -39,8 +42,10 @@ def is_level(z: Floats, value: Floats, stderr: Floats) -> bool:
     return within and trend_probability(z, value) > 0.01
 
 
-def trend_probability(z: Floats, value: Floats) -> float:
+def trend_probability(z: Floats, value: Floats, block: NDArray[np.int64] | None = None) -> float:
     """Return the p-value of an F test for a linear dependence of value (P,) on z (P, F).
+
+    With `block` (P,), every block has a level of its own.
 
     Example:
         >>> z = np.linspace(-1, 1, 10)[:, None]
@@ -48,14 +53,19 @@ def trend_probability(z: Floats, value: Floats) -> float:
         True
     """
     size, dim = z.shape
-    if size < dim + 2:
+    labels = np.zeros(size, np.int64) if block is None else block
+    level = (labels[:, None] == np.unique(labels)).astype(np.float64)
+    freedom = size - dim - level.shape[1]
+    if freedom < 1:
         return 0.0
-    design = np.column_stack([np.ones(size), z])
-    fitted = design @ np.linalg.lstsq(design, value, rcond=None)[0]
-    left = float(((value - fitted) ** 2).sum())
-    explained = float(((fitted - value.mean()) ** 2).sum())
-    ratio = (explained / dim) / max(left / (size - dim - 1), 1e-300)
-    return float(fdtrc(dim, size - dim - 1, ratio))
+
+    def left(design: Floats) -> float:
+        fitted = design @ np.linalg.lstsq(design, value, rcond=None)[0]
+        return float(((value - fitted) ** 2).sum())
+
+    without, rest = left(level), left(np.column_stack([level, z]))
+    explained = max(without - rest, 0.0)  # rounding
+    return float(fdtrc(dim, freedom, explained / dim / max(rest / freedom, 1e-300)))
 
 
 def check_counts(**counts: tuple[int, int]) -> None:
@@ -84,6 +94,28 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
+
+
+def count_designs(designs: int | str, surrogate: str | nn.Module, dim: int) -> int:
+    """Return the number of designs that is meant, max(8, F + 4) for "auto".
+
+    Raises:
+        ValueError: another word, or too few designs for a quadratic surrogate.
+
+    Example:
+        >>> count_designs("auto", "quadratic", 6), count_designs(20, "quadratic", 6)
+        (10, 20)
+    """
+    if isinstance(designs, str):
+        if designs != "auto":
+            raise ValueError(f"designs must be a number or 'auto', got {designs!r}")
+        return max(8, dim + 4)
+    quadratic = surrogate == "quadratic" or isinstance(surrogate, QuadraticSurrogate)
+    if quadratic and designs < dim + 2:
+        raise ValueError(
+            f"a quadratic surrogate of {dim} parameters needs designs >= {dim + 2}, got {designs}"
+        )
+    return designs
 
 
 def check_training(events: int, batch_size: int) -> None:

@@ -67,6 +67,41 @@ def seed_of(seed: int, *where: int) -> int:
     return int(np.random.SeedSequence([seed, *where]).generate_state(1)[0])
 
 
+def make_trials(
+    thetas: NDArray[np.float64],
+    iteration: int,
+    seed: int,
+    *,
+    events: int,
+    block: int,
+    common: bool,
+) -> list[Trial]:
+    """Return the trials of an iteration, `events` each in calls of `block`.
+
+    Args:
+        thetas: (M, F) designs.
+        iteration: of the loop.
+        seed: of the run.
+        events: N.
+        block: events in one call.
+        common: the same event seeds for all designs.
+
+    Example:
+        >>> trial = make_trials(np.zeros((1, 2)), 0, 0, events=5, block=2, common=True)[0]
+        >>> [n for n, _ in trial.blocks], trial.events
+        ([2, 2, 1], 5)
+    """
+    trials = []
+    for design, theta in enumerate(thetas):
+        where = 0 if common else design
+        blocks = tuple(
+            (min(block, events - start), seed_of(seed, iteration, where, i))
+            for i, start in enumerate(range(0, events, block))
+        )
+        trials.append(Trial(iteration, design, theta, blocks))
+    return trials
+
+
 def _events(values: Any, name: str, n: int) -> Floats:
     """Return (n, d) finite real numbers, or raise ValueError with the reason."""
     if hasattr(values, "detach"):

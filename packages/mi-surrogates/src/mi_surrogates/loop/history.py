@@ -20,6 +20,20 @@ from mi_surrogates.loop.store import write_atomically
 Floats = NDArray[np.float64]
 
 
+def valid_json(value: Any) -> Any:
+    """Return the value with None for numbers that JSON does not have: NaN and infinities.
+
+    Example:
+        >>> valid_json({"a": [1.0, math.nan], "b": math.inf})
+        {'a': [1.0, None], 'b': None}
+    """
+    if isinstance(value, dict):
+        return {key: valid_json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [valid_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @dataclass(frozen=True)
 class Iteration:
     """One turn of the loop.
@@ -62,6 +76,12 @@ class Iteration:
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and strings."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Iteration:
+        """Return the iteration of a line of `history.jsonl`, where a value that is missing is null."""
+        unknown = {key: math.nan for key in ("value", "stderr") if row[key] is None}
+        return cls(**{**row, **unknown})
 
 
 class History(list[Iteration]):

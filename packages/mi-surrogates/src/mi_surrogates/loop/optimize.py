@@ -10,12 +10,13 @@ from concurrent.futures import Executor
 from typing import Any
 
 import torch
+from torch import nn
 
 from mi_surrogates.design.space import DesignSpace
 from mi_surrogates.errors import CheckpointMismatch, SimulationError
 from mi_surrogates.loop.describe import describe
 from mi_surrogates.loop.execute import Floats, Simulator, Trial, check_picklable, run_trials
-from mi_surrogates.loop.history import Iteration, OptimizeResult
+from mi_surrogates.loop.history import Iteration, OptimizeResult, valid_json
 from mi_surrogates.loop.objectives import Objective
 from mi_surrogates.loop.optimizer import Optimizer
 from mi_surrogates.loop.store import Store
@@ -56,8 +57,8 @@ def optimize(
     space: DesignSpace,
     objective: str | Objective = "mi",
     *,
-    surrogate: str = "ensemble",
-    designs: int = 20,
+    surrogate: str | nn.Module = "ensemble",
+    designs: int | str = 20,
     events: int = 400,
     iterations: int = 30,
     max_events: int | None = None,
@@ -87,8 +88,8 @@ def optimize(
         simulator: `(theta (F,), n, seed) -> (x (n, dx), y (n, dy[, ...]))`, or a mapping with "x", "y".
         space: parameters and constraints.
         objective: "mi" (information, in nats), "reco" (−log of a reconstruction's loss) or an `Objective`.
-        surrogate: "ensemble", "mlp", "quadratic" or "gp" (extra `botorch`).
-        designs: M, in an iteration.
+        surrogate: "ensemble", "mlp", "quadratic", "gp" (extra `botorch`), or an instance of such a class.
+        designs: M, in an iteration; "auto" is max(8, F + 4), for few parameters and a small budget.
         events: N, for each design.
         iterations: at most.
         max_events: stop before an iteration that would exceed it.
@@ -132,10 +133,6 @@ def optimize(
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    if max_events is not None and max_events < designs * events:
-        raise ValueError(
-            f"max_events {max_events} is below one iteration of {designs} designs x {events} events"
-        )
     if resume not in ("auto", True, False):
         raise ValueError(f"resume must be 'auto', True or False, got {resume!r}")
     check_picklable(simulator, executor)
@@ -153,12 +150,16 @@ def optimize(
         dtype=dtype,
         **options,
     )
+    if max_events is not None and max_events < optimizer.designs * events:
+        raise ValueError(
+            f"max_events {max_events} is below one iteration of {optimizer.designs} designs x {events} events"
+        )
     config = {
         "simulator": describe(simulator),
         "space": space.config(),
         "objective": describe(objective),
-        "surrogate": surrogate,
-        "designs": designs,
+        "surrogate": describe(surrogate),
+        "designs": optimizer.designs,
         "events": events,
         "warm_start": warm_start,
         "reuse": reuse,
@@ -229,7 +230,9 @@ def _loop(
         _simulate(simulator, optimizer, store, **running)
         record = optimizer.step()
         if store is not None:
-            store.save_state(optimizer.state_dict(), [each.as_dict() for each in optimizer.history])
+            store.save_state(
+                optimizer.state_dict(), [valid_json(each.as_dict()) for each in optimizer.history]
+            )
         answers = [hook(record) for hook in hooks]
         if any(answer is True for answer in answers):
             return "callback"

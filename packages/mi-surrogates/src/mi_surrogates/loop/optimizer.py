@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mi_surrogates.design.space import DesignSpace
 from mi_surrogates.design.surrogate import make_surrogate
@@ -19,9 +19,16 @@ from mi_surrogates.design.trust import Region, Step, ascend, rescaled, stretched
 from mi_surrogates.errors import SimulationError, SurrogateError
 from mi_surrogates.information.estimate import as_events
 from mi_surrogates.loop import state
-from mi_surrogates.loop.checks import check_counts, check_positive, is_level
-from mi_surrogates.loop.execute import Trial, seed_of
+from mi_surrogates.loop.checks import (
+    check_counts,
+    check_positive,
+    count_designs,
+    is_level,
+    trend_probability,
+)
+from mi_surrogates.loop.execute import Trial, make_trials, seed_of
 from mi_surrogates.loop.history import History, Iteration, OptimizeResult
+from mi_surrogates.loop.neighbours import Neighbours, Point, neighbours
 from mi_surrogates.loop.objectives import (
     Batch,
     MIObjective,
@@ -40,14 +47,16 @@ class Optimizer:
     Args:
         space: the designs.
         objective: "mi", "reco" or an `Objective`.
-        surrogate: "ensemble", "mlp", "quadratic" or "gp".
-        designs: M, simulated in each iteration, the nominal one included.
+        surrogate: "ensemble", "mlp", "quadratic", "gp", or an instance, of which copies are fitted.
+        designs: M, simulated in each iteration, the nominal one included; "auto" is max(8, F + 4), which
+            moves more often for the same events.
         events: N for each design.
         block: events in one call of the simulator; all by default.
         kappa: the designs are drawn from Normal(θ, κ Σ).
         warm_start: carry the networks from one iteration to the next.
         reuse: iterations whose designs are used again where they are near; 0 for none.
-        adapt: "trust" (accept and reject steps, Σ · 2 or / 4), "stretch" (AIDO), "none" (the authors).
+        adapt: "trust" (accept and reject steps, Σ · 2 or / 4, and / 2 where the top is inside), "stretch"
+            (AIDO), "none" (the authors).
         trust_radius: r; a step stays within Mahalanobis distance r.
         beta: the step climbs mean − β std of the surrogate.
         lr: of the step, in z units.
@@ -82,8 +91,8 @@ class Optimizer:
         space: DesignSpace,
         objective: str | Objective = "mi",
         *,
-        surrogate: str = "ensemble",
-        designs: int = 20,
+        surrogate: str | nn.Module = "ensemble",
+        designs: int | str = 20,
         events: int = 400,
         block: int | None = None,
         kappa: float = 1.0,
@@ -104,11 +113,7 @@ class Optimizer:
     ) -> None:
         if adapt not in ADAPT:
             raise ValueError(f"adapt must be one of {', '.join(ADAPT)}, got {adapt!r}")
-        if surrogate == "quadratic" and designs < space.dim + 2:
-            raise ValueError(
-                f"a quadratic surrogate of {space.dim} parameters needs designs >= {space.dim + 2}, "
-                f"got {designs}"
-            )
+        designs = count_designs(designs, surrogate, space.dim)
         check_counts(
             designs=(designs, 2),
             events=(events, 1),
@@ -126,7 +131,7 @@ class Optimizer:
         self.objective = make_objective(objective, device, dtype)
         if isinstance(self.objective, (MIObjective, RecoObjective)):
             self.objective.check_events(events)
-        self.surrogate_name, self.designs, self.events = surrogate, designs, events
+        self.designs, self.events = designs, events
         self.block, self.kappa = block or events, kappa
         self.warm_start, self.reuse, self.adapt = warm_start, reuse, adapt
         self.beta, self.lr, self.epochs = beta, lr, epochs
@@ -135,19 +140,27 @@ class Optimizer:
         self.largest = np.maximum(
             np.minimum(space.sigma * sigma_max, (space.upper - space.lower) / 2), self.smallest
         )
-        self.surrogate = make_surrogate(surrogate, space.dim, warm_start=warm_start)
+        self.settled = np.maximum(0.1 * space.sigma, 1.1 * self.smallest)  # never ends the run
+        self._surrogate = surrogate  # a name, or what new ones are copies of
+        self.surrogate = self.new_surrogate()
         self.region = Region(space.project(space.initial), np.diag(space.sigma**2), trust_radius)
         self.history = History(names=space.names)
         self.status = ""
         self.multipliers = torch.zeros(len(space.soft), dtype=torch.float64)
         self.penalty = 10.0
         self.total_events = 0
-        self._points: list[tuple[Floats, float, float, int]] = []  # θ, value, error, iteration
+        self._points: list[Point] = []
         self._last: Step | None = None  # the step that led to the present center
         self._previous: tuple[Floats, Floats] | None = None  # center and Σ before it
         self._accepted: tuple[Floats, float, float] | None = None
         self._best, self._since_best, self._flat, self._moved = -math.inf, 0, 0, False
         self._begin()
+
+    def new_surrogate(self, generator: torch.Generator | None = None) -> nn.Module:
+        """Return a surrogate as at the start of the run."""
+        return make_surrogate(
+            self._surrogate, self.space.dim, warm_start=self.warm_start, generator=generator
+        )
 
     @property
     def iteration(self) -> int:
@@ -168,16 +181,14 @@ class Optimizer:
         drawn[0] = self.region.center
         if self.adapt == "trust" and self._last is not None and self._previous is not None:
             drawn[1] = self._previous[0]  # simulated again, to judge the step
-        thetas = self.space.project(drawn)
-        self._trials = []
-        for i, theta in enumerate(thetas):
-            starts = range(0, self.events, self.block)
-            where = 0 if self.crn else i
-            blocks = tuple(
-                (min(self.block, self.events - a), seed_of(self.seed, self.iteration, where, b))
-                for b, a in enumerate(starts)
-            )
-            self._trials.append(Trial(self.iteration, i, theta, blocks))
+        self._trials = make_trials(
+            self.space.project(drawn),
+            self.iteration,
+            self.seed,
+            events=self.events,
+            block=self.block,
+            common=self.crn,
+        )
         self._told: dict[int, tuple[Tensor, Tensor]] = {}
         self._failed: dict[int, str] = {}
 
@@ -267,13 +278,14 @@ class Optimizer:
             else:
                 self._failed[design] = "the objective is not finite"
         self._demand(len(values))
+        self._points += [(self._trials[i].theta, *values[i], self.iteration) for i in values]
         self._check_flat(values)
 
         nominal = self.region.center
         accepted, ratio = self._judge(values)
-        self._points += [(self._trials[i].theta, *values[i], self.iteration) for i in values]
         self._update_multipliers(nominal)
-        step = self._move()
+        near = self._neighbours()
+        step = self._move(near)
         record = Iteration(
             self.iteration,
             nominal.tolist(),
@@ -290,7 +302,7 @@ class Optimizer:
             self.space.violation(nominal),
             time.perf_counter() - start,
         )
-        self._advance(record, step)
+        self._advance(record, step, clear=near.signal > near.noise)
         return record
 
     def _demand(self, succeeded: int) -> None:
@@ -309,15 +321,19 @@ class Optimizer:
         level = is_level(z, *np.array(list(values.values())).T)
         self._flat = self._flat + 1 if level else 0
         self._moved = self._moved or not level
-        if (
-            self._flat == 3 and not self._moved
-        ):  # never a sign of influence, not a plateau at the top
-            self.status = "flat"
-            warnings.warn(
-                "the objective was the same for all designs, within its errors, in three iterations: "
-                "the simulator may ignore theta, or needs more events or a larger sigma",
-                stacklevel=3,
-            )
+        if self._flat != 3 or self._moved:  # a plateau at the top comes after a slope
+            return
+        recent = [p for p in self._points if p[3] > self.iteration - 3]
+        theta, value, _, when = (np.array(column) for column in zip(*recent, strict=True))
+        if trend_probability(self.region.to_z(theta), value, when) < 0.01:
+            self._moved = True  # together they show a trend that each was too small to show
+            return
+        self.status = "flat"
+        warnings.warn(
+            "the objective was the same for all designs, within its errors, in three iterations: "
+            "the simulator may ignore theta, or needs more events or a larger sigma",
+            stacklevel=3,
+        )
 
     def _judge(self, values: dict[int, tuple[float, float]]) -> tuple[bool, float | None]:
         """Accept or reject the step that led to the present center, and adapt Σ."""
@@ -326,6 +342,8 @@ class Optimizer:
             if 0 in values and 1 in values:
                 (now, e0), (before, e1) = values[0], values[1]
                 rise, error = now - before, math.hypot(e0, e1)
+                if (noise := self._neighbours().noise) > 0:  # less where events are common
+                    error = min(error, math.sqrt(2) * noise)
                 ratio = rise / max(self._last.gain, 1e-12)
                 if rise < -2 * error or (error == 0 and rise < 0):
                     accepted = False
@@ -361,41 +379,19 @@ class Optimizer:
         if bool((excess > 1e-3).any()):
             self.penalty *= 2
 
-    def _neighbours(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return z, value, standard error and weight of the points of this and near earlier designs."""
-        dim = self.space.dim
-        rows = []
-        for theta, value, stderr, iteration in self._points:
-            age = self.iteration - iteration
-            if age > self.reuse:
-                continue
-            distance = self.region.distance(theta)
-            if age and distance > 2.5 * math.sqrt(dim):
-                continue
-            weight = math.exp(-(distance**2) / (2 * dim)) if self.reuse else 1.0
-            rows.append((*self.region.to_z(theta), value, stderr, max(weight, 1e-3)))
-        table = torch.tensor(np.array(rows), dtype=torch.float32)
-        if self.surrogate_name in ("quadratic", "gp"):
-            table = table.double()
-        return table[:, :dim], table[:, dim], table[:, dim + 1], table[:, dim + 2]
+    def _neighbours(self) -> Neighbours:
+        return neighbours(self._points, self.region, self.iteration, self.reuse)
 
-    def _move(self) -> Step:
+    def _move(self, near: Neighbours) -> Step:
         """Fit the surrogate and climb it; refit once with another seed if the step is not finite."""
-        z, value, stderr, weight = self._neighbours()
-        errors = stderr if bool((stderr > 0).all()) else None
         for attempt in range(2):
             generator = torch.Generator().manual_seed(
                 seed_of(self.seed, self.iteration, 2**32 - 1, 2 + attempt)
             )
             if attempt or not self.warm_start or self.iteration == 0:
-                self.surrogate = make_surrogate(
-                    self.surrogate_name,
-                    self.space.dim,
-                    warm_start=self.warm_start,
-                    generator=generator,
-                )
+                self.surrogate = self.new_surrogate(generator)
             self.surrogate.generator = generator  # type: ignore[assignment]
-            self.surrogate.fit(z, value, errors, weight)  # type: ignore[operator]
+            near.fit(self.surrogate)
             try:
                 return ascend(
                     self.surrogate,
@@ -410,11 +406,11 @@ class Optimizer:
             except FloatingPointError:
                 continue
         raise SurrogateError(
-            f"the surrogate {self.surrogate_name!r} has no finite gradient at the nominal design"
+            f"the {type(self.surrogate).__name__} has no finite gradient at the nominal design"
         )
 
-    def _advance(self, record: Iteration, step: Step) -> None:
-        """Make the step's end the next center."""
+    def _advance(self, record: Iteration, step: Step, *, clear: bool) -> None:
+        """Make the step's end the next center; `clear` is whether the values rise above their noise."""
         moved = step.length > 1e-9
         self._previous = (self.region.center, self.region.cov)
         self._last = step if moved else None
@@ -423,6 +419,10 @@ class Optimizer:
             cov = stretched(self.space.sigma, step.theta - self.region.center)
         elif self.adapt == "trust" and not moved and not step.at_boundary:
             cov = rescaled(cov, 0.25, self.smallest, self.largest)
+        elif self.adapt == "trust" and clear and step.length < self.region.radius / 2:
+            # the top is inside: a smaller region has less that the surrogate cannot follow
+            least = np.minimum(self.settled, self.region.sigma)
+            cov = rescaled(cov, 0.5, least, self.largest)
         floor = bool((np.sqrt(np.diag(cov)) <= self.smallest * (1 + 1e-9)).all())
         self.region = Region(step.theta, cov, self.region.radius)
         self.history.append(record)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mi_surrogates.design.surrogate import make_surrogate
 from mi_surrogates.design.trust import Region, Step
 from mi_surrogates.loop.history import History, Iteration, OptimizeResult
 
@@ -66,9 +65,7 @@ def load(opt: Optimizer, state: dict[str, Any]) -> None:
     opt.multipliers, opt.penalty = state["multipliers"], state["penalty"]
     opt.total_events, opt.status = state["events"], state["status"]
     opt.objective.load_state_dict(state["objective"])
-    opt.surrogate = make_surrogate(
-        opt.surrogate_name, dim, warm_start=opt.warm_start, generator=torch.Generator()
-    )
+    opt.surrogate = opt.new_surrogate(torch.Generator())
     if state["surrogate"] is not None:
         opt.surrogate.load_state_dict(state["surrogate"])
         opt.surrogate.fitted = True  # type: ignore[assignment]

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,10 @@ def _lock(file: Any) -> None:
 class Store:
     """The folder of a run: config.json, events/<iteration>/<design>.npz, history.jsonl, state.pt, lock.
 
+    A thread of its own writes the files, in order and as the events arrive, since flushing a file to the
+    disk takes longer than most else of an iteration. A state is only written when all events before it are
+    on the disk, so that it never speaks of what a crash has lost.
+
     Args:
         path: the folder; made if it is not there.
         config: of the run; a folder of another configuration is refused.
@@ -71,6 +76,7 @@ class Store:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder, Store(folder, {"seed": 0}) as store:
         ...     store.save_events(0, 3, np.ones((2, 1)), np.zeros((2, 1)))
+        ...     store.flush()
         ...     store.load_events(0, 3)[0].shape
         (2, 1)
     """
@@ -79,6 +85,8 @@ class Store:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._key = self.path.resolve()
+        self._writer = ThreadPoolExecutor(1, "mi-surrogates-store")  # its thread starts when needed
+        self._pending: list[Future[None]] = []
         lock = self.path / "lock"
         if self._key in _OPEN:
             raise CheckpointLocked(f"{self.path} is open in this process already")
@@ -121,19 +129,37 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Free the folder."""
-        if not self._file.closed:
+        """Finish writing and free the folder."""
+        if self._file.closed:
+            return
+        try:
+            self.flush()
+        finally:
+            self._writer.shutdown()
             self._file.close()
             _OPEN.discard(self._key)
+
+    def flush(self) -> None:
+        """Wait until all events are on the disk.
+
+        Raises:
+            OSError: a file could not be written.
+        """
+        pending, self._pending = self._pending, []
+        for each in pending:
+            each.result()
 
     def _events(self, iteration: int, design: int) -> Path:
         return self.path / "events" / f"{iteration:04d}" / f"{design:04d}.npz"
 
     def save_events(self, iteration: int, design: int, x: Floats, y: Floats) -> None:
-        """Write the events of one design."""
+        """Write the events of one design, soon; see `flush`."""
         buffer = io.BytesIO()
         np.savez(buffer, x=x, y=y)
-        write_atomically(self._events(iteration, design), buffer.getvalue())
+        self._soon(self._events(iteration, design), buffer.getvalue())
+
+    def _soon(self, path: Path, data: bytes) -> None:
+        self._pending.append(self._writer.submit(write_atomically, path, data))
 
     def load_events(self, iteration: int, design: int) -> tuple[Floats, Floats] | None:
         """Return the events of one design, or None if they are not there."""
@@ -146,7 +172,7 @@ class Store:
     def save_failure(self, iteration: int, design: int, reason: str) -> None:
         """Write down that a design failed for good."""
         path = self._events(iteration, design).with_suffix(".failed")
-        write_atomically(path, reason.encode())
+        self._soon(path, reason.encode())
 
     def load_failure(self, iteration: int, design: int) -> str | None:
         """Return why a design failed, or None."""
@@ -154,12 +180,19 @@ class Store:
         return path.read_text(encoding="utf-8") if path.exists() else None
 
     def save_state(self, state: dict[str, Any], history: list[dict[str, Any]]) -> None:
-        """Write the history, then the state: a kill between the two leaves the history one line ahead."""
+        """Write the history, then the state, soon: a kill between them leaves the history one line ahead.
+
+        A kill before both repeats the last step from its events, to the same result.
+
+        Raises:
+            OSError: events before them could not be written.
+        """
+        self.flush()
         lines = "".join(json.dumps(row) + "\n" for row in history)
-        write_atomically(self.path / "history.jsonl", lines.encode())
+        self._soon(self.path / "history.jsonl", lines.encode())
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_atomically(self.path / "state.pt", buffer.getvalue())
+        self._soon(self.path / "state.pt", buffer.getvalue())
 
     def load_state(self) -> dict[str, Any] | None:
         """Return the last state, or None at the start of a run."""
