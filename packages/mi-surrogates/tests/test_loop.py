@@ -540,7 +540,10 @@ def test_results_are_saved_tabulated_and_drawn(
 
     mpl.use("Agg")
     result = toy(iterations=4, progress=True)
-    assert "value" in capsys.readouterr().err
+    last = capsys.readouterr().err.splitlines()[-1]
+    top = max(result.history, key=lambda it: it.value)
+    assert f"iteration 4/4  events {result.events}  value " in last
+    assert f"best {top.value:.4g} ± {top.stderr:.2g}  left 0 s" in last
     result.save(tmp_path / "r.pt")
     loaded = OptimizeResult.load(tmp_path / "r.pt")
     assert np.array_equal(loaded.theta, result.theta)

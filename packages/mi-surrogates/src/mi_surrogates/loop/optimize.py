@@ -23,16 +23,17 @@ from mi_surrogates.loop.store import Store
 
 
 class Progress:
-    """One line on stderr: iterations, events, the value with its error, the best, the time left."""
+    """One line on stderr: iterations, events, the value and the best one with their errors, the time left."""
 
     def __init__(self, total: int, *, enabled: bool) -> None:
         self.total, self.enabled, self.start = total, enabled, time.monotonic()
-        self.best = -float("inf")
+        self.best: Iteration | None = None
         self.first: int | None = None
 
     def __call__(self, record: Iteration) -> None:
         """Show an iteration."""
-        self.best = max(self.best, record.value)
+        if self.best is None or record.value > self.best.value:
+            self.best = record
         if not self.enabled:
             return
         self.first = record.index if self.first is None else self.first
@@ -40,7 +41,8 @@ class Progress:
         left = each * (self.total - record.index - 1)
         line = (
             f"iteration {record.index + 1}/{self.total}  events {record.events}  "
-            f"value {record.value:.4g} ± {record.stderr:.2g}  best {self.best:.4g}  left {left:.0f} s"
+            f"value {record.value:.4g} ± {record.stderr:.2g}  "
+            f"best {self.best.value:.4g} ± {self.best.stderr:.2g}  left {left:.0f} s"
         )
         print(
             line.ljust(90), end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True
