@@ -256,7 +256,7 @@ def fisher_diagonal(
     Raises:
         ValueError: unknown kind, no samples, temperature <= 0.
     """
-    from sequel.backends.torch import TorchModel
+    from sequel.backends.torch_model import TorchModel
     from sequel.ops.torch import TorchOps
 
     _check.one_of("kind", kind, (*KINDS, "output", "output_batch"))
