@@ -109,19 +109,19 @@ class Training(Evaluation):
         self.emit("on_before_training_epoch", task=number, epoch=epoch)
         n_tasks = self.info.n_tasks
         info = {"task": number, "tasks": n_tasks, "epoch": epoch, "epochs": epochs, "steps": steps}
-        at = self.position["step"]
+        at, inner = self.position["step"], self._inner()
         while at < steps:
-            block = self._block(steps - at)
+            block = self._block(steps - at, inner)
             parts = [
                 (data, order[step * size : (step + 1) * size], (number, epoch, step), keys[step])
                 for step in range(at, at + block)
             ]
             for step in range(at, at + block):
                 self.emit("on_before_training_step", **info, step=step)
-                if self._inner():
+                if inner:
                     self.emit("on_before_backward", **info, step=step)
             emit = None
-            if self._inner():
+            if inner:
                 emit = lambda hook, step=at: self.emit(f"on_{hook}", **info, step=step)
             losses = self.take(parts, number, emit)
             for offset, loss in enumerate(losses.tolist()):
@@ -141,10 +141,10 @@ class Training(Evaluation):
     def _inner(self) -> bool:
         return any(hook in dir(type(c)) for c in self.callbacks for hook in INNER)
 
-    def _block(self, left: int) -> int:
+    def _block(self, left: int, inner: bool) -> int:
         """Return the number of steps until something must happen on the host."""
         jax = self.backend.name == "jax"
-        limit = self.backend.scan_steps if jax else (1 if self._inner() else 64)
+        limit = self.backend.scan_steps if jax else (1 if inner else 64)
         limit = 1 if self.nan == "skip" else limit
         every = [c.every_steps for c in self.callbacks if getattr(c, "every_steps", None)]
         for n in [*every, self.eval_every]:

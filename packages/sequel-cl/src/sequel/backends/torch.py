@@ -61,6 +61,7 @@ class TorchBackend:
         self.lr: float | None = self.base_lrs[0]
         self.state: State = {}
         self.nan = "raise"
+        self.plain_sgd = False
 
     @property
     def params(self) -> Tree:
@@ -108,6 +109,7 @@ class TorchBackend:
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * scale
         self.lr = self.base_lrs[0] * scale
+        self.plain_sgd = self._find_plain_sgd()
 
     def set_params(self, params: Tree) -> None:
         """Write new values into the module, where they are not its own."""
@@ -163,6 +165,7 @@ class TorchBackend:
                 past=task,
                 lr=self.lr,
                 apply=lambda params, grads: self._apply(params, grads, emit),
+                update=self._sgd_update if self.plain_sgd and emit is None else None,
                 assign=self._assign,
                 **self.context,
             )
@@ -193,6 +196,28 @@ class TorchBackend:
         if emit is not None:
             emit("after_optimizer_step")
         return params
+
+    def _find_plain_sgd(self) -> bool:
+        """Tell whether a step is -lr times the gradient or the momentum, to single precision or better."""
+        first, *rest = self.optimizer.param_groups
+        return (
+            type(self.optimizer) is torch.optim.SGD
+            and not (first["weight_decay"] or first["nesterov"] or first["maximize"])
+            and all(
+                group[key] == first[key]
+                for group in rest
+                for key in ("lr", "momentum", "weight_decay", "nesterov", "maximize")
+            )
+            and all(p.dtype in (torch.float32, torch.float64) for p in self.params.values())
+        )
+
+    def _sgd_update(self) -> tuple[Tree, float]:
+        first, state = self.optimizer.param_groups[0], self.optimizer.state
+        moved = {
+            name: state[p]["momentum_buffer"] if first["momentum"] else p.grad
+            for name, p in self.params.items()
+        }
+        return moved, -float(first["lr"])
 
     def _skip_unless_finite(self, tree: Tree) -> None:
         if self.nan == "skip" and not all(bool(leaf.isfinite().all()) for leaf in tree.values()):
