@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
 import warnings
@@ -40,10 +41,15 @@ class Learner(Training):
             ``lr_decay``).
         reset_optimizer: forget the moments at every task.
         device: moves a PyTorch model; JAX uses its default device.
-        amp: ``"bf16"`` runs PyTorch's forward passes under autocast; importances stay in float32.
+        amp: ``"bf16"`` or ``"fp16"`` runs PyTorch's forward passes under autocast; importances stay in float32.
+            Under fp16 the loss is scaled, and steps whose gradients overflow are left out.
         compile: run PyTorch's model through ``torch.compile``.
+        preload: a task's data go to the device whole (True), step by step (False), or whole where they take at
+            most half of its free memory (``"auto"``).
         features: name of the module that is the encoder (PyTorch; default ``"encoder"``).
         seed: of all counter-based streams.
+        deterministic: use CUDA's deterministic kernels; the CPU's are so anyway. (JAX on a GPU:
+            ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``.)
         nan: on a loss that is not finite: ``"raise"`` FloatingPointError, ``"skip"`` the step, ``"warn"``.
         eval_every: also evaluate every n steps, for the any-time metrics.
         scan_steps: steps per compiled block (JAX).
@@ -76,6 +82,8 @@ class Learner(Training):
         device: torch.device | str | None = None,
         amp: str | None = None,
         compile: bool = False,
+        preload: bool | str = "auto",
+        deterministic: bool = True,
         features: str | None = None,
         seed: int = 0,
         nan: str = "raise",
@@ -87,19 +95,28 @@ class Learner(Training):
         _check.count("eval_batch_size", eval_batch_size)
         _check.count("scan_steps", scan_steps)
         _check.one_of("nan", nan, ("raise", "skip", "warn"))
-        _check.one_of("amp", amp, (None, "bf16"))
+        _check.one_of("amp", amp, (None, "bf16", "fp16"))
+        _check.one_of("preload", preload, (True, False, "auto"))
         _check.one_of("backend", backend, (None, "torch", "jax"))
         _check.above("lr_decay", lr_decay, 0.0)
         if grad_clip is not None:
             _check.above("grad_clip", grad_clip, 0.0)
         if not isinstance(algorithm, Algorithm):
             raise TypeError(f"algorithm must be a sequel Algorithm, got {type(algorithm).__name__}")
+        self._options = {
+            name: value
+            for name, value in locals().items()
+            if name in inspect.signature(Learner).parameters
+            and name not in ("model", "optimizer", "algorithm", "device", "callbacks")
+            and (name != "loss" or isinstance(value, str))
+        }
         self._model = model
         self._check_penalty()
         self.algorithm, self.seed, self.nan = algorithm, seed, nan
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.grad_clip, self.lr_decay, self.min_lr = grad_clip, lr_decay, min_lr
         self.reset_optimizer, self.eval_every = reset_optimizer, eval_every
+        self.deterministic = deterministic
         self.pointwise: Any = cross_entropy if loss == "cross_entropy" else loss
         if not callable(self.pointwise):
             raise ValueError(f"loss must be 'cross_entropy' or a function, got {loss!r}")
@@ -108,17 +125,28 @@ class Learner(Training):
             from sequel.backends.torch import TorchBackend
 
             self.backend: Any = TorchBackend(
-                model, optimizer, features=features, device=device, amp=amp, compile=compile
+                model,
+                optimizer,
+                features=features,
+                device=device,
+                amp=amp,
+                compile=compile,
+                preload=preload,
             )
         else:
             from sequel.backends.jax import JaxBackend
 
+            if amp is not None:
+                raise ValueError(f"amp={amp!r} is PyTorch's; under JAX give the model that dtype")
             needs_lr = lr_decay != 1.0 or getattr(algorithm, "apply", "") == "prox"
             if needs_lr and lr is None:
                 raise ValueError("lr must be given with JAX where lr_decay or apply='prox' is used")
-            self.backend = JaxBackend(model, optimizer, lr=lr, scan_steps=scan_steps)
+            self.backend = JaxBackend(
+                model, optimizer, lr=lr, scan_steps=scan_steps, preload=preload
+            )
         self.scenario = None
         self._given: Any = None
+        self._pending: Any = None
         self.tools: Any = None
         self.position = {"task": 0, "epoch": 0, "step": 0}
         self.global_step = 0
@@ -206,6 +234,9 @@ class Learner(Training):
         self._fingerprint = ""
         self._tests = None
         self.emit("on_after_setup")
+        if self._pending is not None:
+            self.restore(*self._pending)
+            self._pending = None
 
     @property
     def fingerprint(self) -> str:
@@ -288,6 +319,4 @@ class Learner(Training):
         """Write a checkpoint, atomically and without pickle."""
         checkpoint.write(path, *self.state_dict())
 
-    def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> None:
-        """Restore a checkpoint file into this learner, which is bound to its scenario."""
-        self.restore(*checkpoint.read(path), strict=strict)
+    load = resume.Load()

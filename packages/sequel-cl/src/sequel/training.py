@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sequel.algorithms.base import Info
+from sequel.backends.scaling import deterministic
 from sequel.buffer import Slots
 from sequel.callbacks import INNER, Callback
 from sequel.engine import plan_step
@@ -40,11 +41,17 @@ class Training(Evaluation):
     min_lr: float
     reset_optimizer: bool
     eval_every: int | None
+    deterministic: bool
 
     def emit(self, hook: str, **info: Any) -> None:
         """Call a hook of every callback."""
         for callback in self.callbacks:
             getattr(callback, hook)(self, **info)
+
+    def reproducible(self) -> Any:
+        """Return the context of deterministic kernels."""
+        wanted = self.deterministic and self.backend.name == "torch"
+        return deterministic(self.backend.ops.device.type if wanted else "")
 
     def _scale(self, task: int) -> float:
         jax = self.backend.name == "jax"
@@ -89,7 +96,8 @@ class Training(Evaluation):
             raise RuntimeError("call setup(scenario) before end_task")
         number = self.position["task"]
         self.emit("on_consolidate", task=number)
-        self.backend.hook("on_task_end", number, self.tools)
+        with self.reproducible():
+            self.backend.hook("on_task_end", number, self.tools)
         self.emit("on_before_validating_algorithm_on_all_tasks", task=number)
         row = self.evaluate()
         self.emit("on_after_validating_algorithm_on_all_tasks", task=number, row=row.tolist())
@@ -145,7 +153,7 @@ class Training(Evaluation):
         """Return the number of steps until something must happen on the host."""
         jax = self.backend.name == "jax"
         limit = self.backend.scan_steps if jax else (1 if inner else 64)
-        limit = 1 if self.nan == "skip" else limit
+        limit = 1 if self.nan == "skip" or self.backend.careful else limit
         every = [c.every_steps for c in self.callbacks if getattr(c, "every_steps", None)]
         for n in [*every, self.eval_every]:
             if n:
@@ -163,11 +171,13 @@ class Training(Evaluation):
 
     def take(self, parts: list[tuple[Any, ...]], number: int, emit: Any = None) -> NDArray[Any]:
         """Plan steps (data, rows, position, key) and take them; returns the losses, NaN where skipped."""
-        skip = self.slots is not None and self.nan == "skip"
-        before = self.slots.state_dict() if skip and self.slots else {}
-        losses: NDArray[Any] = self.backend.run([self._plan(*p) for p in parts], number, emit)
-        if skip and self.slots and not np.isfinite(losses).all():
-            self.slots.load_state_dict(before)  # what was not stored is not drawn
+        careful = self.nan == "skip" or self.backend.careful
+        slots = self.slots if careful else None
+        before = {} if slots is None else slots.state_dict()
+        with self.reproducible():
+            losses: NDArray[Any] = self.backend.run([self._plan(*p) for p in parts], number, emit)
+        if slots is not None and (self.backend.skipped or not np.isfinite(losses).all()):
+            slots.load_state_dict(before)  # what was not stored is not drawn
         return losses
 
     def record(self, loss: float, at: tuple[int, int, int]) -> float:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sequel.algorithms.base import Algorithm, Info, State
+from sequel.backends.preload import wanted
+from sequel.backends.scaling import LossScale
 from sequel.backends.torch_model import TorchModel
 from sequel.engine import empty_memory, one_step
 from sequel.fisher import Layers, Sums
@@ -41,6 +43,7 @@ class TorchBackend:
         device: torch.device | str | None = None,
         amp: str | None = None,
         compile: bool = False,
+        preload: bool | str = "auto",
     ) -> None:
         if device is not None:
             module.to(device)
@@ -62,6 +65,13 @@ class TorchBackend:
         self.state: State = {}
         self.nan = "raise"
         self.plain_sgd = False
+        self.preload, self.scale = preload, LossScale() if amp == "fp16" else None
+        self.skipped = False
+
+    @property
+    def careful(self) -> bool:
+        """Tell whether a step may be skipped by itself, so that the host must look after each."""
+        return self.scale is not None
 
     @property
     def params(self) -> Tree:
@@ -121,13 +131,25 @@ class TorchBackend:
     def hook(self, which: str, task: int, tools: Tools) -> None:
         """Call ``on_task_start`` or ``on_task_end``."""
         fn = getattr(self.algorithm, which)
-        with torch.no_grad():
+        self.ops.loss_scale = 1.0
+        with torch.no_grad(), self.model.single():
             params, self.state = fn(self.ops, self.params, task, tools, self.state)
             self.set_params(params)
 
     def load(self, data: Data, pad: int) -> None:
-        """Put a task's data on the device."""
-        self.data = {key: self.ops.asarray(getattr(data, key)) for key in ("x", "y", "t")}
+        """Put a task's data on the device; or keep them here, and bring each step's rows."""
+        self.host: Data | None = data
+        self.data: dict[str, Tensor] = {}
+        if wanted(self.preload, data, self._free):
+            self.host, self.data = None, self._rows(data)
+
+    def _rows(self, data: Data) -> dict[str, Tensor]:
+        return {key: self.ops.asarray(getattr(data, key)) for key in ("x", "y", "t")}
+
+    def _free(self) -> float:
+        if self.ops.device.type == "cuda":  # pragma: no cover - needs a GPU
+            return float(torch.cuda.mem_get_info(self.ops.device)[0])
+        return float("inf")
 
     def run(
         self, plans: list[dict[str, Any]], task: int, emit: Callable[[str], None] | None = None
@@ -135,7 +157,7 @@ class TorchBackend:
         """Take the planned steps; returns the losses."""
         if not self.model.module.training:
             self.model.module.train()
-        values = []
+        values, self.skipped = [], False
         for plan in plans:
             self._seed(int(plan["key"][0]) << 16 ^ int(plan["key"][1]))
             arrays = {
@@ -143,12 +165,22 @@ class TorchBackend:
                 for key, value in plan.items()
                 if key != "key" and len(value)
             }
-            values.append(self._step(arrays, task, emit).detach())
+            data = self.data
+            if self.host is not None:
+                data = self._rows(self.host[plan["idx"]])
+                arrays["idx"] = torch.arange(len(plan["idx"]), device=self.ops.device)
+            values.append(self._step(data, arrays, task, emit).detach())
         return torch.stack(values).double().cpu().numpy()
 
     def _step(
-        self, arrays: dict[str, Tensor], task: int, emit: Callable[[str], None] | None
+        self,
+        data: dict[str, Tensor],
+        arrays: dict[str, Tensor],
+        task: int,
+        emit: Callable[[str], None] | None,
     ) -> Tensor:
+        if self.scale is not None:
+            self.ops.loss_scale = self.scale.value
         skip = self.nan == "skip"
         buffers = [(b, b.clone()) for b in self.model.module.buffers()] if skip else []
         try:
@@ -156,7 +188,7 @@ class TorchBackend:
                 self.algorithm,
                 self.ops,
                 self.model,
-                self.data,
+                data,
                 arrays,
                 self.params,
                 self.state,
@@ -172,7 +204,15 @@ class TorchBackend:
         except SkippedStep:
             for buffer, before in buffers:
                 buffer.copy_(before)
+            self.skipped = True
+            if self.scale is not None:
+                self.scale.shrink()
+                last = self.ops.last_value
+                if last is not None and bool(last.isfinite()):
+                    return last  # the loss is as it should be, its gradient was scaled too far
             return torch.tensor(float("nan"), device=self.ops.device)
+        if self.scale is not None:
+            self.scale.grow()
         out: Tensor = value
         return out
 
@@ -220,7 +260,8 @@ class TorchBackend:
         return moved, -float(first["lr"])
 
     def _skip_unless_finite(self, tree: Tree) -> None:
-        if self.nan == "skip" and not all(bool(leaf.isfinite().all()) for leaf in tree.values()):
+        wary = self.nan == "skip" or self.scale is not None
+        if wary and not all(bool(leaf.isfinite().all()) for leaf in tree.values()):
             raise SkippedStep
 
     def _assign(self, params: Tree) -> Tree:
@@ -258,7 +299,9 @@ class TorchBackend:
                 if value is not None:
                     moments[f"{i}/{key}"] = _host(torch.as_tensor(value))
         buffers = {k: _host(v) for k, v in self.model.module.named_buffers()}
+        scale = {} if self.scale is None else {"scale": self.scale.array()}
         return {
+            **scale,
             "params": {k: _host(v) for k, v in self.params.items()},
             "opt": moments,
             "buffers": buffers,
@@ -282,6 +325,8 @@ class TorchBackend:
                 tensor = tensor.view(torch.bfloat16)
             self.optimizer.state[p][field] = tensor if field == "step" else tensor.to(p.device)
         self.state = _tree_device(self.state, tree.get("algo", {}))
+        if self.scale is not None and "scale" in tree:
+            self.scale.restore(tree["scale"])
 
 
 def _host(x: Tensor) -> np.ndarray[Any, Any]:

@@ -118,7 +118,18 @@ class TorchModel:
     def _autocast(self, x: Tensor) -> Any:
         if self.amp is None:
             return contextlib.nullcontext()
-        return torch.autocast(x.device.type, dtype=torch.bfloat16)
+        dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
+        return torch.autocast(x.device.type, dtype=dtype)
+
+    @contextlib.contextmanager
+    def single(self) -> Iterator[None]:
+        """Leave float16 for a while: importances and what a task's end computes would underflow."""
+        amp = self.amp
+        self.amp = None if amp == "fp16" else amp
+        try:
+            yield
+        finally:
+            self.amp = amp
 
 
 class _Forward(nn.Module):

@@ -23,6 +23,8 @@ class TorchOps(Ops):
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+        self.loss_scale = 1.0  # float16: losses are multiplied, and their gradients divided
+        self.last_value: Tensor | None = None
 
     def relu(self, x: Array) -> Array:
         return torch.relu(x)
@@ -160,9 +162,16 @@ class TorchOps(Ops):
             value, aux = fn(params)
             if not value.requires_grad:
                 return (value, aux), self.zeros_like(self.stop_gradient(params))
-            found = torch.autograd.grad(
-                value, _leaves(params), allow_unused=True, create_graph=create_graph
+            scale = self.loss_scale
+            found: Any = torch.autograd.grad(  # None where a parameter is unused
+                value if scale == 1 else value * scale,
+                _leaves(params),
+                allow_unused=True,
+                create_graph=create_graph,
             )
+            if scale != 1:
+                found = tuple([g if g is None else g / scale for g in found])
+                self.last_value = value.detach()
         grads = {}
         for (name, p), g in zip(params.items(), found, strict=True):
             unused: Any = g is None
