@@ -170,6 +170,51 @@ def test_conv_closed_form_for_any_geometry(geometry: dict[str, Any], power: int)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+class Branching(nn.Module):
+    """Looks at values, which vmap cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Any) -> Any:
+        return self.a(x) * (self.scale if bool((x > -9).all()) else 0.0)
+
+
+@pytest.mark.parametrize("kind", ["empirical", "output"])
+def test_a_model_that_vmap_cannot_follow_is_measured_sample_by_sample(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Branching().double()
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 4
+    expected = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for i in range(9):
+        out = model(x[i : i + 1])
+        loss = (
+            out.pow(2).sum() if kind == "output" else nn.functional.cross_entropy(out, y[i : i + 1])
+        )
+        for (n, _), g in zip(
+            model.named_parameters(),
+            torch.autograd.grad(loss, list(model.parameters())),
+            strict=True,
+        ):
+            expected[n] += (g.abs() if kind == "output" else g**2) / 9
+    found = fisher_diagonal(model, [(x, y)], kind)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-15)
+
+
+def test_an_error_of_the_models_own_is_not_taken_for_vmaps() -> None:
+    class Wrong(nn.Linear):
+        def forward(self, x: Any) -> Any:
+            raise RuntimeError("a wire is loose")
+
+    with pytest.raises(RuntimeError, match="a wire is loose"):
+        fisher_diagonal(
+            Wrong(4, 4), [(torch.zeros(9, 4), torch.zeros(9, dtype=torch.long))], closed_form=False
+        )
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
