@@ -125,7 +125,7 @@ def test_lists_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_shipped_configuration_is_whole(name: str) -> None:
     config = recipes.configs()[name]
     assert set(config) <= {*recipes.DEFAULTS, "expected"}
-    assert recipes.make_algorithm(config["algo"], config["params"] if "params" in config else {})
+    assert recipes.make_algorithm(config["algo"], config.get("params", {}))
     kind, _, data = config["scenario"].partition("-")
     assert kind in recipes.KINDS
     assert data in recipes.DATA
