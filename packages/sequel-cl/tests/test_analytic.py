@@ -200,8 +200,8 @@ def test_a_model_that_vmap_cannot_follow_is_measured_sample_by_sample(kind: str)
         ):
             expected[n] += (g.abs() if kind == "output" else g**2) / 9
     found = fisher_diagonal(model, [(x, y)], kind)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-15)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-15)
 
 
 def test_an_error_of_the_models_own_is_not_taken_for_vmaps() -> None:
