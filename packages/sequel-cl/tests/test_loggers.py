@@ -77,6 +77,7 @@ def test_wandbs_offline_run_reads_back(tmp_path: Path, monkeypatch: pytest.Monke
     logger = sequel.WandbLogger(tmp_path / "new" / "folder", project="streams")
     result = fit_quiet(small_learner(sequel.Naive(), scenario, callbacks=[logger]), scenario)
     assert wandb.run is None
+    wandb.teardown()  # waits for the process that writes the file
     files = list((tmp_path / "new" / "folder").glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 1
     found: dict[str, list[tuple[int, float]]] = {}
