@@ -229,7 +229,7 @@ class Ops(ABC):
     def per_sample_sum(
         self, fn: Callable[..., Array], params: Tree, w: Array, power: int, *batch: Array
     ) -> Tree:
-        """Return Σ_n w_n |∂ fn(params, row n)|^power (power 1 or 2), in single precision or wider."""
+        """Return ``Σ_n w_n |∂ fn(params, row n)|^power`` (power 1 or 2), in single precision or wider."""
 
         def total(g: Array) -> Array:
             size = g * g if power == 2 else self.abs(g)
