@@ -78,6 +78,7 @@ def ours(algorithm: Any, tasks: int = 1) -> Any:
         back.hook("on_task_end", 0, learner.tools)
     if learner.spec is not None and learner.spec.policy != "manual":
         learner.fit_task(0, 1)
+    learner.start_task(1)
     part = scenario[1].train
     back.load(part, N)
     count = [0]

@@ -149,6 +149,72 @@ def test_closed_forms_of_conv_layers_equal_the_per_sample_loop(kind: str) -> Non
             torch.testing.assert_close(fast[name], loop[name], rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": (3, 2), "stride": (1, 3), "padding": (0, 2), "dilation": (2, 1)},
+        {"kernel_size": 1},
+    ],
+)
+def test_conv_closed_form_for_any_geometry(geometry: dict[str, Any], power: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, bias=False, **geometry).double()
+    x, v = torch.randn(70, 2, 7, 9, dtype=torch.float64), torch.rand(70, dtype=torch.float64)
+    out = layer(x)
+    delta = torch.randn_like(out)
+    each = [torch.autograd.grad(layer(x[i]), layer.weight, delta[i])[0] for i in range(70)]
+    expected = sum(v[i] * g.abs() ** power for i, g in enumerate(each))
+    found = sequel.fisher._conv(layer, x, delta, v, power)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+class Branching(nn.Module):
+    """Looks at values, which vmap cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Any) -> Any:
+        return self.a(x) * (self.scale if bool((x > -9).all()) else 0.0)
+
+
+@pytest.mark.parametrize("kind", ["empirical", "output"])
+def test_a_model_that_vmap_cannot_follow_is_measured_sample_by_sample(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Branching().double()
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 4
+    expected = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for i in range(9):
+        out = model(x[i : i + 1])
+        loss = (
+            out.pow(2).sum() if kind == "output" else nn.functional.cross_entropy(out, y[i : i + 1])
+        )
+        for (n, _), g in zip(
+            model.named_parameters(),
+            torch.autograd.grad(loss, list(model.parameters())),
+            strict=True,
+        ):
+            expected[n] += (g.abs() if kind == "output" else g**2) / 9
+    found = fisher_diagonal(model, [(x, y)], kind)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-15)
+
+
+def test_an_error_of_the_models_own_is_not_taken_for_vmaps() -> None:
+    class Wrong(nn.Linear):
+        def forward(self, x: Any) -> Any:
+            raise RuntimeError("a wire is loose")
+
+    with pytest.raises(RuntimeError, match="a wire is loose"):
+        fisher_diagonal(
+            Wrong(4, 4), [(torch.zeros(9, 4), torch.zeros(9, dtype=torch.long))], closed_form=False
+        )
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -305,6 +371,66 @@ def test_si_path_is_the_geometric_sum_and_tends_to_the_loss_drop() -> None:
     assert path == pytest.approx(closed, rel=1e-12)
     path, _, drop = si_on_a_quadratic(1e-3, 3000)
     assert path == pytest.approx(drop, rel=0.01)
+
+
+class KeepsOld(sequel.Callback):
+    """A hook around the optimizer's step: SI then keeps the old parameters and subtracts."""
+
+    def on_before_optimizer_step(self, learner: Any, **info: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"momentum": 0.9}, True),
+        ({"momentum": 0.9, "dampening": 0.3}, True),
+        ({"momentum": 0.9, "nesterov": True}, False),
+        ({"weight_decay": 0.1}, False),
+    ],
+)
+@pytest.mark.parametrize("source", ["task", "total"])
+def test_si_takes_sgds_update_instead_of_a_difference(
+    options: dict[str, Any], known: bool, source: str
+) -> None:
+    found = []
+    for callbacks in ([], [KeepsOld()]):
+        torch.manual_seed(0)
+        model = sequel.nn.MLP(64, (8,), 6).double()
+        optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.05, **options})
+        learner = sequel.Learner(
+            model, optimizer, sequel.SI(lam=5.0, grad_source=source), batch_size=8, grad_clip=1.0,
+            callbacks=callbacks,
+        )  # fmt: skip
+        fit_quiet(learner, small_scenario(2), epochs=1)
+        assert learner.backend.plain_sgd is known
+        found.append((learner.backend.state, dict(learner.backend.params)))
+    for name, omega in found[1][0]["omega"].items():
+        assert omega.max() > 0
+        torch.testing.assert_close(found[0][0]["omega"][name], omega, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found[0][1][name], found[1][1][name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", ["two rates", "prox"])
+def test_si_subtracts_where_the_update_is_not_one_multiple_of_the_gradient(case: str) -> None:
+    found = []
+    for callbacks in ([], [KeepsOld()]):
+        torch.manual_seed(0)
+        model = sequel.nn.MLP(64, (8,), 6).double()
+        rate = 0.01 if case == "two rates" else 0.05
+        groups = [
+            {"params": list(model.encoder.parameters()), "lr": rate},
+            {"params": list(model.classifier.parameters()), "lr": 0.05},
+        ]
+        algorithm = sequel.SI(lam=5.0, apply="prox" if case == "prox" else "grad")
+        learner = sequel.Learner(
+            model, torch.optim.SGD(groups), algorithm, batch_size=8, callbacks=callbacks
+        )
+        fit_quiet(learner, small_scenario(3), epochs=1)
+        found.append(learner.backend.state["omega"])
+    for name, omega in found[1].items():
+        assert omega.max() > 0
+        assert torch.equal(found[0][name], omega)
 
 
 def test_si_importance_is_not_zero_after_a_task() -> None:

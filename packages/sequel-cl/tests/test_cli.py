@@ -109,6 +109,7 @@ def test_lists_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         ("algos", "ewc"),
         ("scenarios", "permuted"),
         ("repro", "mcsgd_rotatedmnist"),
+        ("configs", "class_digits"),
     ):
         assert main(["list", what]) == 0
         assert word in capsys.readouterr().out
@@ -118,6 +119,30 @@ def test_lists_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert main(["download", "digits"]) == 0
     assert "90 training" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(recipes.configs()))
+def test_every_shipped_configuration_is_whole(name: str) -> None:
+    config = recipes.configs()[name]
+    assert set(config) <= {*recipes.DEFAULTS, "expected"}
+    assert recipes.make_algorithm(config["algo"], config.get("params", {}))
+    kind, _, data = config["scenario"].partition("-")
+    assert kind in recipes.KINDS
+    assert data in recipes.DATA
+    assert ("expected" in config) is ("mnist" in data)
+
+
+def test_a_shipped_configuration_runs_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["run", "--config", "permuted_digits", *FAST, "--out", str(tmp_path), "--json"]
+    assert main(args) == 0
+    folder = Path(json.loads(capsys.readouterr().out)[0]["folder"])
+    echo = json.loads((folder / "run.json").read_text())
+    assert (echo["algo"], echo["params"]["lam"], echo["epochs"]) == ("ewc", 5.0, 1)
+    assert main([*args, "--algo", "si"]) == 0  # EWC's lam is not SI's
+    folder = Path(json.loads(capsys.readouterr().out)[0]["folder"])
+    assert json.loads((folder / "run.json").read_text())["params"]["lam"] == 1.0
 
 
 def test_repro_runs_its_configuration(
@@ -134,6 +159,7 @@ def test_repro_runs_its_configuration(
     ("args", "text"),
     [
         (["run", "--algo", "magic"], "unknown algorithm 'magic'"),
+        (["run", "--config", "mine"], "neither a file nor one of class_digits, ewc_rotatedmnist"),
         (["run", "--scenario", "sorted-digits"], "unknown scenario"),
         (["run", "--set", "lam"], "expected NAME=VALUE"),
         (["run", "--algo", "ewc", "--set", "weight=1"], "ewc has no parameter weight"),

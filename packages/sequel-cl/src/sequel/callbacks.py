@@ -66,18 +66,26 @@ class Checkpoint(Callback):
         folder: where the files go; the newest valid one is loaded when ``fit`` starts.
         every_steps: steps between files; one is also written at each task's end.
         keep: number of files kept.
+        best: also keep ``best.safetensors``, of the task after which the mean accuracy on the tasks so far was
+            highest; its header has that accuracy as ``"best"``.
 
     >>> Checkpoint("runs/a", every_steps=200).keep
     2
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], *, every_steps: int | None = None, keep: int = 2
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every_steps: int | None = None,
+        keep: int = 2,
+        best: bool = False,
     ) -> None:
         if every_steps is not None:
             _check.count("every_steps", every_steps)
         _check.count("keep", keep)
         self.folder, self.every_steps, self.keep = Path(folder), every_steps, keep
+        self.best = best
 
     def on_after_setup(self, learner: Learner, **info: Any) -> None:
         """Resume from the newest valid file."""
@@ -93,8 +101,19 @@ class Checkpoint(Callback):
             self._save(learner)
 
     def on_after_training_task(self, learner: Learner, **info: Any) -> None:
-        """Save the finished task."""
+        """Save the finished task, and the best one so far."""
         self._save(learner)
+        if self.best:
+            self._save_best(learner, info["row"][: info["task"] + 1])
+
+    def _save_best(self, learner: Learner, seen: list[float]) -> None:
+        from sequel.checkpoint import read, write
+
+        path, mean = self.folder / "best.safetensors", sum(seen) / len(seen)
+        if path.exists() and mean <= float(read(path)[1]["best"]):
+            return
+        tree, header = learner.state_dict()
+        write(path, tree, {**header, "best": mean})
 
     def _save(self, learner: Learner) -> None:
         from sequel.checkpoint import prune

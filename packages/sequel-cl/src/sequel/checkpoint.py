@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 __all__ = ["load_latest", "prune", "read", "write"]
 
@@ -40,6 +41,30 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+_NAMES = {"b": "BOOL", "f": "F", "i": "I", "u": "U"}
+
+
+def _encoded(flat: dict[str, np.ndarray[Any, Any]], text: str) -> Iterator[Any]:
+    """Yield the parts of a safetensors file, the arrays as they are in memory instead of in copies."""
+    order = sorted(flat, key=lambda name: (-flat[name].dtype.itemsize, name))  # all aligned
+    header: dict[str, Any] = {"__metadata__": {"sequel": text}}
+    at = 0
+    for name in order:
+        array = flat[name]
+        kind = _NAMES[array.dtype.kind]
+        header[name] = {
+            "dtype": kind if kind == "BOOL" else f"{kind}{8 * array.dtype.itemsize}",
+            "shape": list(array.shape),
+            "data_offsets": [at, at + array.nbytes],
+        }
+        at += array.nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    yield struct.pack("<Q", len(encoded)) + encoded
+    for name in order:
+        yield flat[name].astype(flat[name].dtype.newbyteorder("<"), copy=False).data
+
+
 def write(path: str | os.PathLike[str], tree: dict[str, Any], header: dict[str, Any]) -> None:
     """Write a nested dict of arrays and a JSON-able header.
 
@@ -49,11 +74,12 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any], header: dict[str, 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, **header})
-    data = save(_flat(tree), metadata={"sequel": text})
+    parts = _encoded(_flat(tree), text)
     handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

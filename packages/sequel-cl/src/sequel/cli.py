@@ -21,7 +21,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = parser.add_subparsers(dest="command", metavar="command")
 
     def settings(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--config", help="TOML file with the same names; options override it")
+        p.add_argument(
+            "--config", help="TOML file, or a name of `sequel list configs`; options override it"
+        )
         p.add_argument("--scenario", help="kind-data, e.g. permuted-digits, class-mnist")
         p.add_argument("--algo", help="see `sequel list algos`")
         p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
@@ -53,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
     p.add_argument("--plot", metavar="FILE", help="curves of the runs' mean accuracy")
     p = sub.add_parser("list", help="what there is")
-    p.add_argument("what", choices=["algos", "scenarios", "repro"])
+    p.add_argument("what", choices=["algos", "scenarios", "configs", "repro"])
     p = sub.add_parser("repro", help="a configuration with a published target")
     settings(p)
     p.add_argument("name")
@@ -90,15 +92,20 @@ def _pairs(items: Sequence[str]) -> dict[str, str]:
 
 
 def _config(args: argparse.Namespace, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    from sequel.recipes import DEFAULTS
+    from sequel.recipes import DEFAULTS, configs, read
 
     config = {**DEFAULTS, **(base or {})}
-    if args.config:
-        if sys.version_info >= (3, 11):
-            import tomllib
-        else:  # pragma: no cover - Python 3.10
-            import tomli as tomllib
-        config |= tomllib.loads(Path(args.config).read_text(encoding="utf-8"))
+    if args.config in (shipped := configs()):
+        config |= {k: v for k, v in shipped[args.config].items() if k != "expected"}
+        if args.algo not in (None, config["algo"]):
+            config["params"] = {}  # they are those of another algorithm
+    elif args.config:
+        path = Path(args.config)
+        if not path.exists():
+            raise ValueError(
+                f"--config {args.config!r} is neither a file nor one of {', '.join(shipped)}"
+            )
+        config |= read(path)
     for name in ("scenario", "algo", "backend", "epochs", "tasks", "data_dir", "seed"):
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
@@ -239,7 +246,7 @@ def _repro(args: argparse.Namespace) -> int:
 
 def _list(what: str) -> int:
     from sequel.algorithms import ALGORITHMS
-    from sequel.recipes import DATA, KINDS, REPRO
+    from sequel.recipes import DATA, KINDS, configs
 
     if what == "algos":
         for name, kind in ALGORITHMS.items():
@@ -247,8 +254,11 @@ def _list(what: str) -> int:
     elif what == "scenarios":
         print(f"kind-data, kind one of {', '.join(KINDS)}; data one of {', '.join(DATA)}")
     else:
-        for name, config in REPRO.items():
-            print(f"{name:22} published acc {config['expected']:.1f} %")
+        for name, config in configs().items():
+            if "expected" in config:
+                print(f"{name:22} published acc {config['expected']:.1f} %")
+            elif what == "configs":
+                print(f"{name:22} {config['scenario']}, {config['tasks']} tasks, {config['algo']}")
     return 0
 
 

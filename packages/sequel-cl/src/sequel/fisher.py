@@ -40,15 +40,9 @@ def chunk_sums(
     def energy(params: Tree, x: Array) -> Array:
         return (model.forward(params, x[None], False) ** 2).sum()
 
-    def weighted(each: Tree, w: Array, fn: Callable[[Array], Array]) -> Tree:
-        def total(g: Array) -> Array:
-            return (ops.cast(w, g) @ fn(g).reshape(len(w), -1)).reshape(g.shape[1:])
-
-        return ops.map(total, ops.wide(each))
-
     def sums(params: Tree, x: Array, y: Array, t: Array, w: Array, u: Array) -> Tree:
         if kind == "output":
-            return weighted(ops.per_sample_grad(energy, params, x), w, ops.abs)
+            return ops.per_sample_sum(energy, params, w, 1, x)
         if kind == "output_batch":
 
             def mean_energy(p: Tree) -> Array:
@@ -62,15 +56,14 @@ def chunk_sums(
 
             return ops.map(lambda g: g * g, ops.wide(ops.grad(mean_nll, params)))
         if kind == "empirical":
-            return weighted(ops.per_sample_grad(nll, params, x, y, t), w, lambda g: g * g)
+            return ops.per_sample_sum(nll, params, w, 2, x, y, t)
         p = ops.stop_gradient(ops.exp(ops.log_softmax(scores(params, x, t))))
         if kind == "mc":
             drawn = sample_labels(ops, p, u)
-            return weighted(ops.per_sample_grad(nll, params, x, drawn, t), w, lambda g: g * g)
+            return ops.per_sample_sum(nll, params, w, 2, x, drawn, t)
         total = ops.wide(ops.zeros_like(params))
         for c in range(p.shape[-1]):
-            each = ops.per_sample_grad(nll, params, x, y * 0 + c, t)
-            part = weighted(each, w * p[:, c], lambda g: g * g)
+            part = ops.per_sample_sum(nll, params, w * p[:, c], 2, x, y * 0 + c, t)
             total = ops.map(lambda a, b: a + b, total, part)
         return total
 
@@ -166,17 +159,23 @@ def _power(x: Tensor, power: int) -> Tensor:
 def _conv(layer: nn.Module, a: Tensor, delta: Tensor, v: Tensor, power: int) -> Tensor:
     assert isinstance(layer, nn.Conv2d)
     total = torch.zeros_like(layer.weight, dtype=v.dtype).reshape(len(layer.weight), -1)
-    options: dict[str, Any] = {
-        "dilation": layer.dilation,
-        "padding": layer.padding,
-        "stride": layer.stride,
-    }
     for at in range(0, len(a), 64):
         cut = slice(at, at + 64)
-        patches = nn.functional.unfold(a[cut], layer.kernel_size, **options)
-        g = torch.bmm(delta[cut].flatten(2), patches.transpose(1, 2))
-        total += torch.einsum("n,nok->ok", v[cut], _power(g, power))
+        g = torch.bmm(delta[cut].flatten(2), _patches(layer, a[cut]).transpose(1, 2))
+        g = g.mul_(g) if power == 2 else g.abs_()
+        total += (v[cut] @ g.flatten(1)).view_as(total)
     return total.reshape(layer.weight.shape)
+
+
+def _patches(layer: nn.Conv2d, a: Tensor) -> Tensor:
+    """Return what each output pixel sees, (N, C kh kw, pixels); faster than nn.functional.unfold."""
+    top, left = map(int, layer.padding)
+    a = nn.functional.pad(a, (left, left, top, top))
+    for axis in (0, 1):
+        gap = layer.dilation[axis]
+        a = a.unfold(2 + axis, gap * (layer.kernel_size[axis] - 1) + 1, layer.stride[axis])
+        a = a[..., ::gap]
+    return a.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
 
 
 def _covered(layer: nn.Module) -> bool:
@@ -256,7 +255,7 @@ def fisher_diagonal(
     Raises:
         ValueError: unknown kind, no samples, temperature <= 0.
     """
-    from sequel.backends.torch import TorchModel
+    from sequel.backends.torch_model import TorchModel
     from sequel.ops.torch import TorchOps
 
     _check.one_of("kind", kind, (*KINDS, "output", "output_batch"))
@@ -313,7 +312,7 @@ class Total:
     def add(self, part: Tree) -> None:
         """Add one tree."""
         if not self.kahan:
-            self.tree = self.ops.map(lambda a, b: a + b, self.tree, part)
+            torch._foreach_add_(list(self.tree.values()), [part[n] for n in self.tree])
             return
         part = self.ops.map(lambda b, r: b - r, part, self.rest)
         new = self.ops.map(lambda a, b: a + b, self.tree, part)

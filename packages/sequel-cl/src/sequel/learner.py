@@ -1,7 +1,8 @@
-"""The loop over tasks, epochs and steps; the same for both backends."""
+"""A model, an optimizer and an algorithm, bound to a stream of tasks; the same for both backends."""
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
 import warnings
@@ -10,22 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sequel import _check, checkpoint, online, resume
 from sequel.algorithms.base import Algorithm, Info, cross_entropy
 from sequel.buffer import Slots
-from sequel.callbacks import INNER, Callback
-from sequel.engine import Tools, plan_step
-from sequel.evaluation import Evaluation
+from sequel.callbacks import Callback
+from sequel.engine import Tools
 from sequel.result import Result
-from sequel.rng import stream
-from sequel.scenarios import Data, Scenario, Task
+from sequel.scenarios import Scenario, Task
+from sequel.training import Training
 
 __all__ = ["Learner"]
 
 
-class Learner(Evaluation):
+class Learner(Training):
     """Train a model on a stream of tasks with an algorithm.
 
     Args:
@@ -42,10 +41,15 @@ class Learner(Evaluation):
             ``lr_decay``).
         reset_optimizer: forget the moments at every task.
         device: moves a PyTorch model; JAX uses its default device.
-        amp: ``"bf16"`` runs PyTorch's forward passes under autocast; importances stay in float32.
+        amp: ``"bf16"`` or ``"fp16"`` runs PyTorch's forward passes under autocast; importances stay in float32.
+            Under fp16 the loss is scaled, and steps whose gradients overflow are left out.
         compile: run PyTorch's model through ``torch.compile``.
+        preload: a task's data go to the device whole (True), step by step (False), or whole where they take at
+            most half of its free memory (``"auto"``).
         features: name of the module that is the encoder (PyTorch; default ``"encoder"``).
         seed: of all counter-based streams.
+        deterministic: use CUDA's deterministic kernels; the CPU's are so anyway. (JAX on a GPU:
+            ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``.)
         nan: on a loss that is not finite: ``"raise"`` FloatingPointError, ``"skip"`` the step, ``"warn"``.
         eval_every: also evaluate every n steps, for the any-time metrics.
         scan_steps: steps per compiled block (JAX).
@@ -78,6 +82,8 @@ class Learner(Evaluation):
         device: torch.device | str | None = None,
         amp: str | None = None,
         compile: bool = False,
+        preload: bool | str = "auto",
+        deterministic: bool = True,
         features: str | None = None,
         seed: int = 0,
         nan: str = "raise",
@@ -89,19 +95,28 @@ class Learner(Evaluation):
         _check.count("eval_batch_size", eval_batch_size)
         _check.count("scan_steps", scan_steps)
         _check.one_of("nan", nan, ("raise", "skip", "warn"))
-        _check.one_of("amp", amp, (None, "bf16"))
+        _check.one_of("amp", amp, (None, "bf16", "fp16"))
+        _check.one_of("preload", preload, (True, False, "auto"))
         _check.one_of("backend", backend, (None, "torch", "jax"))
         _check.above("lr_decay", lr_decay, 0.0)
         if grad_clip is not None:
             _check.above("grad_clip", grad_clip, 0.0)
         if not isinstance(algorithm, Algorithm):
             raise TypeError(f"algorithm must be a sequel Algorithm, got {type(algorithm).__name__}")
+        self._options = {
+            name: value
+            for name, value in locals().items()
+            if name in inspect.signature(Learner).parameters
+            and name not in ("model", "optimizer", "algorithm", "device", "callbacks")
+            and (name != "loss" or isinstance(value, str))
+        }
         self._model = model
         self._check_penalty()
         self.algorithm, self.seed, self.nan = algorithm, seed, nan
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.grad_clip, self.lr_decay, self.min_lr = grad_clip, lr_decay, min_lr
         self.reset_optimizer, self.eval_every = reset_optimizer, eval_every
+        self.deterministic = deterministic
         self.pointwise: Any = cross_entropy if loss == "cross_entropy" else loss
         if not callable(self.pointwise):
             raise ValueError(f"loss must be 'cross_entropy' or a function, got {loss!r}")
@@ -110,17 +125,28 @@ class Learner(Evaluation):
             from sequel.backends.torch import TorchBackend
 
             self.backend: Any = TorchBackend(
-                model, optimizer, features=features, device=device, amp=amp, compile=compile
+                model,
+                optimizer,
+                features=features,
+                device=device,
+                amp=amp,
+                compile=compile,
+                preload=preload,
             )
         else:
             from sequel.backends.jax import JaxBackend
 
+            if amp is not None:
+                raise ValueError(f"amp={amp!r} is PyTorch's; under JAX give the model that dtype")
             needs_lr = lr_decay != 1.0 or getattr(algorithm, "apply", "") == "prox"
             if needs_lr and lr is None:
                 raise ValueError("lr must be given with JAX where lr_decay or apply='prox' is used")
-            self.backend = JaxBackend(model, optimizer, lr=lr, scan_steps=scan_steps)
+            self.backend = JaxBackend(
+                model, optimizer, lr=lr, scan_steps=scan_steps, preload=preload
+            )
         self.scenario = None
         self._given: Any = None
+        self._pending: Any = None
         self.tools: Any = None
         self.position = {"task": 0, "epoch": 0, "step": 0}
         self.global_step = 0
@@ -130,11 +156,6 @@ class Learner(Evaluation):
             raise RuntimeError(
                 "the model already carries a penalty of sequel.torch: a Learner would apply a second"
             )
-
-    def emit(self, hook: str, **info: Any) -> None:
-        """Call a hook of every callback."""
-        for callback in self.callbacks:
-            getattr(callback, hook)(self, **info)
 
     def setup(self, scenario: Scenario | Iterable[Task]) -> None:
         """Bind the learner to a scenario; ``fit`` does it by itself."""
@@ -213,6 +234,9 @@ class Learner(Evaluation):
         self._fingerprint = ""
         self._tests = None
         self.emit("on_after_setup")
+        if self._pending is not None:
+            self.restore(*self._pending)
+            self._pending = None
 
     @property
     def fingerprint(self) -> str:
@@ -270,142 +294,6 @@ class Learner(Evaluation):
             self.fingerprint,
         )
 
-    def _scale(self, task: int) -> float:
-        jax = self.backend.name == "jax"
-        base = self.backend.base_lr if jax else self.backend.base_lrs[0]
-        if self.lr_decay == 1.0 or base is None:
-            return 1.0
-        return float(max(base * self.lr_decay**task, self.min_lr) / base)
-
-    def fit_task(self, number: int, epochs: int = 1) -> NDArray[np.float64]:
-        """Train on one task of the bound scenario and evaluate on all; returns the accuracies."""
-        if self.scenario is None:
-            raise RuntimeError("call setup(scenario) before fit_task")
-        backend = self.backend
-        fresh = self.position["task"] != number or (
-            self.position["epoch"] == 0 and self.position["step"] == 0
-        )
-        self.start_task(number, fresh)
-        self.emit("on_before_training_task", task=number, name=self.scenario[number].name)
-        data = self.algorithm.training_data(self.scenario, number, self.tools, backend.state)
-        backend.load(data, self.pad)
-        for epoch in range(self.position["epoch"], epochs):
-            self._epoch(data, number, epoch, epochs)
-        return self.end_task()
-
-    def start_task(self, number: int, fresh: bool = True) -> None:
-        """Set the learning rate of a task; where it is ``fresh``, also reset the optimizer."""
-        reset = fresh and self.reset_optimizer and number > 0
-        self.tools.task = number
-        self.backend.start_task(self._scale(number), reset)
-        self.tools.lr = self.backend.lr
-        if fresh:
-            self.position = {"task": number, "epoch": 0, "step": 0}
-            self.backend.hook("on_task_start", number, self.tools)
-
-    def end_task(self) -> NDArray[np.float64]:
-        """Consolidate the task in progress and evaluate on all; returns the accuracies.
-
-        :meth:`fit` does it by itself. After :meth:`observe` it ends a task: Fisher information, importances and
-        memories are made from the scenario's data of that task.
-        """
-        if self.scenario is None:
-            raise RuntimeError("call setup(scenario) before end_task")
-        number = self.position["task"]
-        self.emit("on_consolidate", task=number)
-        self.backend.hook("on_task_end", number, self.tools)
-        self.emit("on_before_validating_algorithm_on_all_tasks", task=number)
-        row = self.evaluate()
-        self.emit("on_after_validating_algorithm_on_all_tasks", task=number, row=row.tolist())
-        self.matrix[number] = row
-        self.scenario[number].forget()
-        self.position = {"task": number + 1, "epoch": 0, "step": 0}
-        self.emit("on_after_training_task", task=number, row=row.tolist())
-        return row
-
-    def _epoch(self, data: Data, number: int, epoch: int, epochs: int) -> None:
-        n, size = len(data), self.batch_size
-        steps = -(-n // size)
-        order = stream(self.seed, "order", number, epoch).permutation(n)
-        keys = stream(self.seed, "noise", number, epoch).integers(
-            2**32, size=(steps, 2), dtype=np.uint32
-        )
-        self.emit("on_before_training_epoch", task=number, epoch=epoch)
-        n_tasks = self.info.n_tasks
-        info = {"task": number, "tasks": n_tasks, "epoch": epoch, "epochs": epochs, "steps": steps}
-        at = self.position["step"]
-        while at < steps:
-            block = self._block(steps - at)
-            parts = [
-                (data, order[step * size : (step + 1) * size], (number, epoch, step), keys[step])
-                for step in range(at, at + block)
-            ]
-            for step in range(at, at + block):
-                self.emit("on_before_training_step", **info, step=step)
-                if self._inner():
-                    self.emit("on_before_backward", **info, step=step)
-            emit = None
-            if self._inner():
-                emit = lambda hook, step=at: self.emit(f"on_{hook}", **info, step=step)
-            losses = self.take(parts, number, emit)
-            for offset, loss in enumerate(losses.tolist()):
-                step = at + offset
-                self.position = {"task": number, "epoch": epoch, "step": step + 1}
-                if step + 1 == steps:
-                    self.position = {"task": number, "epoch": epoch + 1, "step": 0}
-                self.record(loss, (number, epoch, step))
-                last = offset == block - 1
-                self.emit("on_after_training_step", **info, step=step, loss=loss, last=last)
-            at += block
-            if self.eval_every and self.global_step % self.eval_every == 0:
-                row = self.evaluate()
-                self.anytime.append((self.global_step, number, row.tolist()))
-        self.emit("on_after_training_epoch", task=number, epoch=epoch)
-
-    def _inner(self) -> bool:
-        return any(hook in dir(type(c)) for c in self.callbacks for hook in INNER)
-
-    def _block(self, left: int) -> int:
-        """Return the number of steps until something must happen on the host."""
-        jax = self.backend.name == "jax"
-        limit = self.backend.scan_steps if jax else (1 if self._inner() else 64)
-        limit = 1 if self.nan == "skip" else limit
-        every = [c.every_steps for c in self.callbacks if getattr(c, "every_steps", None)]
-        for n in [*every, self.eval_every]:
-            if n:
-                limit = min(limit, n - self.global_step % n)
-        return int(min(limit, left))
-
-    def _plan(
-        self,
-        data: Data,
-        index: NDArray[np.int64],
-        at: tuple[int, int, int],
-        key: NDArray[np.uint32],
-    ) -> dict[str, NDArray[Any]]:
-        return plan_step(self.algorithm, self.info, self.spec, self.slots, data, index, at, key)
-
-    def take(self, parts: list[tuple[Any, ...]], number: int, emit: Any = None) -> NDArray[Any]:
-        """Plan steps (data, rows, position, key) and take them; returns the losses, NaN where skipped."""
-        skip = self.slots is not None and self.nan == "skip"
-        before = self.slots.state_dict() if skip and self.slots else {}
-        losses: NDArray[Any] = self.backend.run([self._plan(*p) for p in parts], number, emit)
-        if skip and self.slots and not np.isfinite(losses).all():
-            self.slots.load_state_dict(before)  # what was not stored is not drawn
-        return losses
-
-    def record(self, loss: float, at: tuple[int, int, int]) -> float:
-        """Note a step's loss; FloatingPointError, or a warning, where it is not finite."""
-        self.losses.append(loss)
-        self.global_step += 1
-        if not np.isfinite(loss):
-            task, epoch, step = at
-            text = f"the loss is {loss} in task {task}, epoch {epoch}, step {step}"
-            if self.nan == "raise":
-                raise FloatingPointError(f"{text}; lower the learning rate, or pass nan='skip'")
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
-        return loss
-
     def observe(self, x: Any, y: Any, task: int | None = None) -> float:
         """Take one step on a batch of at most ``batch_size`` samples (online learning); returns the loss.
 
@@ -431,6 +319,4 @@ class Learner(Evaluation):
         """Write a checkpoint, atomically and without pickle."""
         checkpoint.write(path, *self.state_dict())
 
-    def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> None:
-        """Restore a checkpoint file into this learner, which is bound to its scenario."""
-        self.restore(*checkpoint.read(path), strict=strict)
+    load = resume.Load()

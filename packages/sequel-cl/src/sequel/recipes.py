@@ -1,15 +1,22 @@
-"""Named scenarios and the configurations that the paper's repository states targets for."""
+"""Named scenarios, and runs made from a configuration."""
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import os
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - Python 3.10
+    import tomli as tomllib
 
 from sequel import _check, nn, scenarios
 from sequel import data as datasets
@@ -20,7 +27,7 @@ from sequel.loggers import CSVLogger
 from sequel.result import Result
 from sequel.scenarios import Dataset, Scenario
 
-__all__ = ["DEFAULTS", "REPRO", "make_algorithm", "make_scenario", "run"]
+__all__ = ["DEFAULTS", "REPRO", "configs", "make_algorithm", "make_scenario", "read", "run"]
 
 KINDS = ("permuted", "rotated", "class", "task", "domain")
 DATA = ("digits", "mnist", "fashion", "kmnist", "mnist-test", "cifar10", "cifar100")
@@ -45,25 +52,25 @@ DEFAULTS: dict[str, Any] = {
     "every_steps": 200,
 }
 
-_ROTATED = {"scenario": "rotated-mnist", "tasks": 20, "epochs": 1, "step": 9.0, "batch_size": 10}
-REPRO: dict[str, dict[str, Any]] = {
-    "naive_rotatedmnist": {
-        **_ROTATED, "algo": "naive", "hidden": [256, 256], "lr": 0.01, "momentum": 0.8, "step": 10.0,
-        "expected": 46.3,
-    },
-    "ewc_rotatedmnist": {
-        **_ROTATED, "algo": "ewc", "params": {"lam": 1.0}, "hidden": [256, 256], "lr": 0.01,
-        "expected": 48.5,
-    },
-    "mcsgd_rotatedmnist": {
-        **_ROTATED, "algo": "mcsgd", "params": {"per_task": 100}, "hidden": [256, 256], "lr": 0.1,
-        "momentum": 0.8, "dropout": 0.2, "lr_decay": 0.8, "batch_size": 64, "expected": 82.3,
-    },
-    "lamaml_rotatedmnist": {
-        **_ROTATED, "algo": "lamaml", "params": {"memory": 200, "glances": 5}, "hidden": [100, 100],
-        "train_size": 1000, "expected": 77.42,
-    },
-}  # fmt: skip
+
+def read(path: Any) -> dict[str, Any]:
+    """Return the settings of a TOML file."""
+    found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def configs() -> dict[str, dict[str, Any]]:
+    """Return the shipped configurations ``sequel/configs/*.toml`` by name.
+
+    >>> configs()["ewc_rotatedmnist"]["expected"]
+    48.5
+    """
+    files = importlib.resources.files("sequel") / "configs"
+    found = (path for path in files.iterdir() if path.name.endswith(".toml"))
+    return {path.name[:-5]: read(path) for path in sorted(found, key=lambda path: path.name)}
+
+
+REPRO = {name: config for name, config in configs().items() if "expected" in config}
 
 
 def make_dataset(name: str, data_dir: str | None, *, flat: bool) -> Dataset:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from sequel import checkpoint
+
 if TYPE_CHECKING:
+    from sequel.algorithms import Algorithm
+    from sequel.callbacks import Callback
     from sequel.learner import Learner
 
-__all__ = ["restore", "state_of"]
+__all__ = ["Load", "restore", "state_of"]
 
 
 def _identity(learner: Learner, params: dict[str, Any]) -> dict[str, Any]:
@@ -23,6 +30,15 @@ def _identity(learner: Learner, params: dict[str, Any]) -> dict[str, Any]:
         "fingerprint": learner.fingerprint,
         "shapes": {k: list(v.shape) for k, v in params.items()},
     }
+
+
+def _recipe(algorithm: Algorithm) -> dict[str, Any]:
+    """Return how to make one of sequel's own algorithms again."""
+    from sequel.algorithms import ALGORITHMS
+
+    known = type(algorithm) is ALGORITHMS.get(algorithm.name)
+    params = dataclasses.asdict(algorithm) if known else {}  # type: ignore[call-overload]
+    return {"name": algorithm.name, "known": known, "params": params}
 
 
 def state_of(learner: Learner) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -42,6 +58,8 @@ def state_of(learner: Learner) -> tuple[dict[str, Any], dict[str, Any]]:
     header = {
         "position": learner.position,
         "global_step": learner.global_step,
+        "options": learner._options,
+        "algo": _recipe(learner.algorithm),
         "versions": {"numpy": np.__version__, "torch": torch.__version__},
         **_identity(learner, tree["params"]),
     }
@@ -69,3 +87,59 @@ def restore(
     learner.position = {k: int(v) for k, v in header["position"].items()}
     learner.global_step = int(header["global_step"])
     learner.emit("on_resume", position=dict(learner.position))
+
+
+class Load:
+    """``learner.load(path)`` restores into a learner, ``Learner.load(path, model=..., optimizer=...)`` makes one."""
+
+    def __get__(self, learner: Learner | None, kind: type[Learner]) -> Callable[..., Any]:
+        """Return the function of an instance, or that of the class."""
+        if learner is not None:
+            return _Into(learner)
+        return _Make(kind)
+
+
+class _Into:
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+
+    def __call__(self, path: str | os.PathLike[str], *, strict: bool = True) -> None:
+        """Restore a checkpoint file into this learner, which is bound to its scenario."""
+        self.learner.restore(*checkpoint.read(path), strict=strict)
+
+
+class _Make:
+    def __init__(self, kind: type[Learner]) -> None:
+        self.kind = kind
+
+    def __call__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: Any,
+        optimizer: Any,
+        algorithm: Algorithm | None = None,
+        callbacks: Sequence[Callback] = (),
+        **changes: Any,
+    ) -> Learner:
+        """Return the learner of a checkpoint file, with its settings; it is restored when it is given its scenario.
+
+        ``algorithm`` and ``loss`` must be given where they are your own; ``changes`` replace settings, e.g. ``device``.
+        """
+        from sequel.algorithms import ALGORITHMS
+
+        tree, header = checkpoint.read(path)
+        saved = header["algo"]
+        if algorithm is None:
+            if not saved["known"]:
+                raise ValueError(
+                    f"algorithm must be given: {saved['name']!r} is not one of sequel's"
+                )
+            params = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["params"].items()}
+            algorithm = ALGORITHMS[saved["name"]](**params)
+        options = {**header["options"], **changes}
+        if "loss" not in options:
+            raise ValueError("loss must be given: the run's was a function of its own")
+        learner = self.kind(model, optimizer, algorithm, callbacks=callbacks, **options)
+        learner._pending = (tree, header)
+        return learner

@@ -75,7 +75,8 @@ class Context:
     """One step's inputs and the functions that an algorithm may call.
 
     ``task`` is an int under PyTorch and a traced scalar under JAX; ``past`` is the number of finished
-    tasks where it is known outside the trace (PyTorch), else None.
+    tasks where it is known outside the trace (PyTorch), else None. Where ``update`` is given, the optimizer's
+    step is ``scale * tree`` with ``tree, scale = update()`` after it, and nobody need keep the old parameters.
     """
 
     ops: Ops
@@ -93,6 +94,7 @@ class Context:
     info: Info
     grad_clip: float | None = None
     total_grads: Tree = field(default_factory=dict)
+    update: Callable[[], tuple[Tree, float]] | None = None
 
     def forward(self, params: Tree, x: Array, *, train: bool = True) -> Array:
         """Return the model's raw logits."""
@@ -119,11 +121,15 @@ class Context:
         """Return the loss of every sample, the mask applied."""
         return self.pointwise(self.ops, self.masked(logits, batch.t), batch.y)
 
+    def mean_loss(self, logits: Array, batch: Batch) -> Array:
+        """Return the mean of :meth:`point_losses` over the samples of weight one."""
+        if batch.w is None and self.pointwise is cross_entropy:
+            return self.ops.mean_nll(self.masked(logits, batch.t), batch.y)
+        return self.mean(self.point_losses(logits, batch), batch.w)
+
     def loss(self, params: Tree, batch: Batch, *, train: bool = True) -> Array:
         """Return the mean loss of a batch."""
-        return self.mean(
-            self.point_losses(self.forward(params, batch.x, train=train), batch), batch.w
-        )
+        return self.mean_loss(self.forward(params, batch.x, train=train), batch)
 
 
 def clip_by_norm(ops: Ops, grads: Tree, limit: float | None) -> tuple[Tree, Any]:
@@ -187,7 +193,7 @@ class Algorithm:
     ) -> tuple[Array, dict[str, Any]]:
         """Return the loss to differentiate, and ``{"logits": ...}`` of the batch where it has them."""
         logits = ctx.forward(params, ctx.batch.x)
-        value = ctx.mean(ctx.point_losses(logits, ctx.batch), ctx.batch.w)
+        value = ctx.mean_loss(logits, ctx.batch)
         return value, {"logits": logits}
 
     def grads(self, ops: Ops, grads: Tree, params: Tree, ctx: Context, state: State) -> Tree:
@@ -199,6 +205,10 @@ class Algorithm:
     ) -> tuple[Tree, State]:
         """Return parameters and state after the optimizer's step; ``grads`` are the loss's own."""
         return new, state
+
+    def keeps_old(self, ctx: Context) -> bool:
+        """Tell whether :meth:`after_step` looks at the parameters before the step."""
+        return "old_params" in self.needs
 
     def step(
         self, ops: Ops, params: Tree, ctx: Context, state: State
@@ -212,7 +222,7 @@ class Algorithm:
             total, factor = clip_by_norm(ops, total, ctx.grad_clip)
             own = ops.map(lambda g: g * factor, own)
         ctx.total_grads = total
-        old = ops.copy(params) if "old_params" in self.needs else params
+        old = ops.copy(params) if self.keeps_old(ctx) else params
         new = ctx.apply(params, total)
         new, state = self.after_step(ops, old, new, own, ctx, state)
         return new, state, value, aux

@@ -60,7 +60,7 @@ class LwF(Algorithm):
         self, ops: Ops, params: Tree, ctx: Context, state: State
     ) -> tuple[Array, dict[str, Any]]:
         logits = ctx.forward(params, ctx.batch.x)
-        value = ctx.mean(ctx.point_losses(logits, ctx.batch), ctx.batch.w)
+        value = ctx.mean_loss(logits, ctx.batch)
         if ctx.past == 0 or self.alpha == 0:
             return value, {"logits": logits}
         old = ops.stop_gradient(ctx.forward(state["old"], ctx.batch.x, train=False))

@@ -116,7 +116,7 @@ class KCL(Algorithm):
         inner, h = ctx.features(params, cx), ctx.features(params, ctx.batch.x)
         draw = ctx.extra if self.kernel == "rff" else {}
         scores = self._scores(ops, params, inner, cy, h, ctx.task, ctx.info.n_classes, draw)
-        value = ctx.mean(ctx.point_losses(scores, ctx.batch), ctx.batch.w)
+        value = ctx.mean_loss(scores, ctx.batch)
         if self.kernel == "rff" and self.tau > 0:
             w = ctx.batch.w
             mean = h.mean(0) if w is None else (h * w[:, None]).sum(0) / ops.clip(w.sum(), 1, None)

@@ -66,10 +66,8 @@ class Quadratic(Algorithm):
     def grads(self, ops: Ops, grads: Tree, params: Tree, ctx: Context, state: State) -> Tree:
         if self.apply == "prox" or self.lam == 0 or ctx.past == 0:
             return grads
-        away = ops.sub(params, state["anchor"])
-        if "task_grads" in self.needs:
-            return ops.addcmul(grads, state["omega"], away, self.lam)
-        return ops.accumulate(grads, state["omega"], away, self.lam)
+        keep = "task_grads" in self.needs
+        return ops.pull(grads, params, state["omega"], state["anchor"], self.lam, keep=keep)
 
     def after_step(
         self, ops: Ops, old: Tree, new: Tree, grads: Tree, ctx: Context, state: State

@@ -83,7 +83,7 @@ class ER(Algorithm):
             return value + ctx.loss(params, replay), aux
         both = join(ops, ctx.batch, replay)
         logits = ctx.forward(params, both.x)
-        value = ctx.mean(ctx.point_losses(logits, both), both.w)
+        value = ctx.mean_loss(logits, both)
         return value, {"logits": logits[: len(ctx.batch.y)]}
 
     def on_task_end(

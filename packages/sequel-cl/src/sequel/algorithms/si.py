@@ -48,12 +48,19 @@ class SI(Quadratic):
     def init(self, ops: Ops, params: Tree, info: Info) -> State:
         return {**super().init(ops, params, info), "path": ops.wide(ops.zeros_like(params))}
 
+    def keeps_old(self, ctx: Context) -> bool:
+        return self.apply == "prox" or getattr(ctx, "update", None) is None
+
     def after_step(
         self, ops: Ops, old: Tree, new: Tree, grads: Tree, ctx: Context, state: State
     ) -> tuple[Tree, State]:
         new, state = super().after_step(ops, old, new, grads, ctx, state)
         g = grads if self.grad_source == "task" else ctx.total_grads
-        path = ops.accumulate(state["path"], g, ops.sub_from(old, new), 1.0)
+        if self.keeps_old(ctx) or ctx.update is None:
+            path = ops.accumulate(state["path"], g, ops.sub_from(old, new), 1.0)
+        else:
+            moved, scale = ctx.update()
+            path = ops.accumulate(state["path"], g, moved, -scale)
         return new, {**state, "path": path}
 
     def on_task_end(

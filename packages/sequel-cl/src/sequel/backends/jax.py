@@ -21,131 +21,45 @@ except ImportError as error:  # pragma: no cover - tested in a process of its ow
 import numpy as np
 
 from sequel.algorithms.base import Algorithm, Info, State
+from sequel.backends.jax_model import CellOps, JaxModel
+from sequel.backends.preload import wanted
 from sequel.engine import empty_memory, one_step
 from sequel.fisher import chunk_sums
-from sequel.nn.jax import FunctionalModel, as_functional
-from sequel.ops.base import Array, Tree
-from sequel.ops.jax import JaxOps
+from sequel.nn.jax import as_functional
+from sequel.ops.base import Tree
 
 if TYPE_CHECKING:
     from sequel.engine import Tools
     from sequel.scenarios import Data
 
-__all__ = ["JaxBackend", "JaxModel"]
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
-
-
-class _CellOps(JaxOps):
-    """Carries running statistics and keys out of gradients, where they may not leak as side effects."""
-
-    def __init__(self) -> None:
-        self.cell: dict[str, Any] = {}
-
-    def value_and_grad(
-        self, fn: Callable[[Tree], tuple[Array, Any]], params: Tree, *, create_graph: bool = False
-    ) -> tuple[tuple[Array, Any], Tree]:
-        before = dict(self.cell)
-
-        def kept(p: Tree) -> tuple[Array, Any]:
-            self.cell = dict(before)
-            value, aux = fn(p)
-            return value, (aux, self.cell)
-
-        (value, (aux, cell)), grads = jax.value_and_grad(kept, has_aux=True)(params)
-        self.cell = cell
-        return (value, aux), grads
-
-    def map_rows(self, fn: Callable[[Any], Array], n: int, known: int | None) -> Array:
-        before = dict(self.cell)
-        out = super().map_rows(fn, n, known)
-        self.cell = before
-        return out
-
-
-class JaxModel:
-    """A functional model over a flat dict of parameters."""
-
-    def __init__(self, model: FunctionalModel, ops: _CellOps) -> None:
-        self.model, self.ops = model, ops
-        leaves, self.tree = jax.tree_util.tree_flatten_with_path(model.params)
-        self.names = [_name(path) for path, _ in leaves]
-        # Copies: the training state is donated to the compiled step.
-        self.start: Tree = {n: jnp.array(v) for n, (_, v) in zip(self.names, leaves, strict=True)}
-        self.dtype = leaves[0][1].dtype
-        self.encoder_names = frozenset(
-            n for n in self.names if n.startswith((model.encoder + ".", model.encoder + "/"))
-        )
-        self.mean: Any = None
-        self.std: Any = None
-        self.n_classes = 0
-
-    def has_encoder(self) -> bool:
-        """Tell whether the model has features."""
-        return self.model.features is not None
-
-    def normalize(self, mean: Any, std: Any) -> None:
-        """Set how uint8 inputs are normalised."""
-        if mean is not None:
-            shape = (-1, 1, 1) if np.ndim(mean) else ()
-            self.mean = jnp.asarray(np.reshape(mean, shape), self.dtype)
-            self.std = jnp.asarray(np.reshape(std, shape), self.dtype)
-
-    def prepare(self, x: Array) -> Array:
-        """Bring inputs to the parameters' dtype and layout; uint8 becomes (x / 255 - mean) / std."""
-        if x.dtype == jnp.uint8:
-            x = x.astype(self.dtype) / 255
-            if self.mean is not None:
-                x = (x - self.mean) / self.std
-        elif jnp.issubdtype(x.dtype, jnp.floating):
-            x = x.astype(self.dtype)
-        if self.model.layout == "NHWC" and x.ndim == 4:
-            x = jnp.transpose(x, (0, 2, 3, 1))
-        return x
-
-    def unflatten(self, params: Tree) -> Any:
-        """Return the user's pytree."""
-        return jax.tree_util.tree_unflatten(self.tree, [params[n] for n in self.names])
-
-    def forward(self, params: Tree, x: Array, train: bool) -> Array:
-        """Return logits (B, C)."""
-        tree, x = self.unflatten(params), self.prepare(x)
-        if not self.model.stateful:
-            return self.model.apply(tree, x)
-        cell = self.ops.cell
-        key, mine = jax.random.split(cell["key"])
-        out, new = self.model.apply(tree, cell["collections"], x, train, mine)
-        if train:
-            self.ops.cell = {"key": key, "collections": new}
-        return out
-
-    def features(self, params: Tree, x: Array, train: bool) -> Array:
-        """Return the encoder's output (B, d)."""
-        if self.model.features is None:
-            raise TypeError("the model has no features: FunctionalModel(..., features=...)")
-        out = self.model.features(self.unflatten(params), self.prepare(x))
-        return out.reshape(len(out), -1)
+__all__ = ["JaxBackend"]
 
 
 class JaxBackend:
     """Parameters, optimizer state and algorithm state of one run under JAX."""
 
     name = "jax"
+    careful = skipped = False  # the compiled step itself leaves no trace of a skipped one
 
     def __init__(
-        self, model: Any, optimizer: Any, *, lr: float | None = None, scan_steps: int = 256
+        self,
+        model: Any,
+        optimizer: Any,
+        *,
+        lr: float | None = None,
+        scan_steps: int = 256,
+        preload: bool | str = "auto",
     ) -> None:
         if not isinstance(optimizer, optax.GradientTransformation):
             raise TypeError(
                 f"optimizer must be an optax.GradientTransformation with the JAX backend, got "
                 f"{type(optimizer).__name__}"
             )
-        self.ops = _CellOps()
+        self.ops = CellOps()
         self.model = JaxModel(as_functional(model), self.ops)
         self.optimizer, self.base_lr, self.lr = optimizer, lr, lr
-        self.scan_steps = scan_steps
+        self.scan_steps, self.preload = scan_steps, preload
+        self.host: Data | None = None
         self.scale = 1.0
         self.params: Tree = dict(self.model.start)
         collections = self.model.model.collections
@@ -278,8 +192,15 @@ class JaxBackend:
         return call
 
     def load(self, data: Data, pad: int) -> None:
-        """Put a task's data on the device, padded so that all tasks have one shape."""
-        self.data = padded_data(data, pad)
+        """Put a task's data on the device, padded so that all tasks have one shape; or keep them here."""
+        self.host, self.data = data, {}
+        if wanted(self.preload, data, self._free):
+            self.host, self.data = None, padded_data(data, pad)
+
+    def _free(self) -> float:
+        device = jax.devices()[0]
+        stats = (device.memory_stats() or {}) if device.platform != "cpu" else {}
+        return float(stats.get("bytes_limit", np.inf)) - float(stats.get("bytes_in_use", 0))
 
     def constants(self, task: int) -> dict[str, Any]:
         """Return the compiled step's task-dependent inputs."""
@@ -296,10 +217,15 @@ class JaxBackend:
     ) -> np.ndarray[Any, Any]:
         """Take the planned steps in one compiled scan; returns the losses."""
         stacked = pad_plans(plans, self.info, self.spec, self.scan_steps, self.model.dtype)
+        data = self.data
+        if self.host is not None:  # the rows of these steps only
+            index = stacked["idx"]
+            data = padded_data(self.host[index.reshape(-1)], 0)
+            stacked["idx"] = np.arange(index.size, dtype=np.int32).reshape(index.shape)
         plan = {k: jnp.asarray(v) for k, v in stacked.items()}
         carry = (self.params, self.opt_state, self.state, self.collections)
         carry = _unaliased(carry)
-        carry, values = self.compiled(carry, self.data, plan, self.constants(task))
+        carry, values = self.compiled(carry, data, plan, self.constants(task))
         self.params, self.opt_state, self.state, self.collections = carry
         return np.asarray(values, dtype=np.float64)[: len(plans)]
 

@@ -1,9 +1,8 @@
-"""PyTorch's side: the module as a function of its parameters, and the training state."""
+"""PyTorch's side: the training state of one run."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sequel.algorithms.base import Algorithm, Info, State
+from sequel.backends.preload import wanted
+from sequel.backends.scaling import LossScale
+from sequel.backends.torch_model import TorchModel
 from sequel.engine import empty_memory, one_step
 from sequel.fisher import Layers, Sums
 from sequel.ops.base import Tree
@@ -20,129 +22,7 @@ if TYPE_CHECKING:
     from sequel.engine import Tools
     from sequel.scenarios import Data
 
-__all__ = ["TorchBackend", "TorchModel"]
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode and give every part its own mode back."""
-    modes = [(m, m.training) for m in module.modules() if m.training]
-    for part, _ in modes:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-class TorchModel:
-    """A module called with any parameters; the module's own (``live``) take the short way."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        ops: TorchOps,
-        *,
-        encoder: str | None = None,
-        forward: Callable[[nn.Module, Any], Any] | None = None,
-        compile: bool = False,
-        amp: str | None = None,
-    ) -> None:
-        self.module, self.ops, self.amp = module, ops, amp
-        self.live: Tree = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self.encoder_path = encoder or "encoder"
-        self.encoder_names = frozenset(
-            name for name in self.live if name.startswith(self.encoder_path + ".")
-        )
-        self.forward_fn = forward
-        self.call: Callable[..., Any] = torch.compile(module) if compile else module
-        self.mean: Tensor | None = None
-        self.std: Tensor | None = None
-        self.n_classes = 0
-
-    def has_encoder(self) -> bool:
-        """Tell whether the module has the encoder."""
-        try:
-            self.module.get_submodule(self.encoder_path)
-        except AttributeError:
-            return False
-        return True
-
-    def normalize(self, mean: Any, std: Any) -> None:
-        """Set how uint8 inputs are normalised."""
-        if mean is not None:
-            like = next(iter(self.live.values()))
-            shape = (-1, 1, 1) if np.ndim(mean) else ()
-            self.mean = self.ops.asarray(np.asarray(mean, dtype=np.float64), like).reshape(shape)
-            self.std = self.ops.asarray(np.asarray(std, dtype=np.float64), like).reshape(shape)
-
-    def prepare(self, x: Tensor) -> Tensor:
-        """Bring inputs to the parameters' dtype; uint8 becomes (x / 255 - mean) / std."""
-        if not (x.is_floating_point() or x.dtype == torch.uint8):
-            return x
-        like = next(iter(self.live.values()))
-        out = x.to(like.dtype)
-        if x.dtype == torch.uint8:
-            out = out / 255
-            if self.mean is not None and self.std is not None:
-                out = (out - self.mean) / self.std
-        return out
-
-    def forward(self, params: Tree, x: Tensor, train: bool) -> Tensor:
-        """Return logits (B, C)."""
-        return self._run(params, x, train, None)
-
-    def features(self, params: Tree, x: Tensor, train: bool) -> Tensor:
-        """Return the encoder's output (B, d)."""
-        return self._run(params, x, train, self.encoder_path).flatten(1)
-
-    def _run(self, params: Tree, x: Tensor, train: bool, part: str | None) -> Tensor:
-        x = self.prepare(x)
-        module = self.module if part is None else self.module.get_submodule(part)
-        mode = contextlib.nullcontext() if train else evaluating(self.module)
-        with mode, self._autocast(x):
-            if self.forward_fn is not None and part is None:
-                out = _Forward(module, self.forward_fn)(x) if params is self.live else (
-                    torch.func.functional_call(
-                        _Forward(module, self.forward_fn),
-                        {f"module.{k}": v for k, v in params.items()},
-                        (x,),
-                    )
-                )  # fmt: skip
-            elif params is self.live:
-                out = (self.call if part is None else module)(x)
-            else:
-                start = "" if part is None else part + "."
-                mine = {
-                    k[len(start) :]: v
-                    for k, v in params.items()
-                    if k.startswith(start) and not k.startswith("algo/")
-                }
-                out = torch.func.functional_call(module, mine, (x,))
-        return logits_of(out)
-
-    def _autocast(self, x: Tensor) -> Any:
-        if self.amp is None:
-            return contextlib.nullcontext()
-        return torch.autocast(x.device.type, dtype=torch.bfloat16)
-
-
-class _Forward(nn.Module):
-    def __init__(self, module: nn.Module, fn: Callable[[nn.Module, Any], Any]) -> None:
-        super().__init__()
-        self.module, self.fn = module, fn
-
-    def forward(self, x: Any) -> Any:
-        return self.fn(self.module, x)
-
-
-def logits_of(out: Any) -> Tensor:
-    """Take the logits of a tensor, a tuple or an output object."""
-    if isinstance(out, Tensor):
-        return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
-    found: Tensor = out.logits if hasattr(out, "logits") else out[0]
-    return found
+__all__ = ["TorchBackend"]
 
 
 class SkippedStep(Exception):
@@ -163,6 +43,7 @@ class TorchBackend:
         device: torch.device | str | None = None,
         amp: str | None = None,
         compile: bool = False,
+        preload: bool | str = "auto",
     ) -> None:
         if device is not None:
             module.to(device)
@@ -183,6 +64,14 @@ class TorchBackend:
         self.lr: float | None = self.base_lrs[0]
         self.state: State = {}
         self.nan = "raise"
+        self.plain_sgd = False
+        self.preload, self.scale = preload, LossScale() if amp == "fp16" else None
+        self.skipped = False
+
+    @property
+    def careful(self) -> bool:
+        """Tell whether a step may be skipped by itself, so that the host must look after each."""
+        return self.scale is not None
 
     @property
     def params(self) -> Tree:
@@ -230,6 +119,7 @@ class TorchBackend:
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * scale
         self.lr = self.base_lrs[0] * scale
+        self.plain_sgd = self._find_plain_sgd()
 
     def set_params(self, params: Tree) -> None:
         """Write new values into the module, where they are not its own."""
@@ -241,13 +131,25 @@ class TorchBackend:
     def hook(self, which: str, task: int, tools: Tools) -> None:
         """Call ``on_task_start`` or ``on_task_end``."""
         fn = getattr(self.algorithm, which)
-        with torch.no_grad():
+        self.ops.loss_scale = 1.0
+        with torch.no_grad(), self.model.single():
             params, self.state = fn(self.ops, self.params, task, tools, self.state)
             self.set_params(params)
 
     def load(self, data: Data, pad: int) -> None:
-        """Put a task's data on the device."""
-        self.data = {key: self.ops.asarray(getattr(data, key)) for key in ("x", "y", "t")}
+        """Put a task's data on the device; or keep them here, and bring each step's rows."""
+        self.host: Data | None = data
+        self.data: dict[str, Tensor] = {}
+        if wanted(self.preload, data, self._free):
+            self.host, self.data = None, self._rows(data)
+
+    def _rows(self, data: Data) -> dict[str, Tensor]:
+        return {key: self.ops.asarray(getattr(data, key)) for key in ("x", "y", "t")}
+
+    def _free(self) -> float:
+        if self.ops.device.type == "cuda":  # pragma: no cover - needs a GPU
+            return float(torch.cuda.mem_get_info(self.ops.device)[0])
+        return float("inf")
 
     def run(
         self, plans: list[dict[str, Any]], task: int, emit: Callable[[str], None] | None = None
@@ -255,7 +157,7 @@ class TorchBackend:
         """Take the planned steps; returns the losses."""
         if not self.model.module.training:
             self.model.module.train()
-        values = []
+        values, self.skipped = [], False
         for plan in plans:
             self._seed(int(plan["key"][0]) << 16 ^ int(plan["key"][1]))
             arrays = {
@@ -263,12 +165,22 @@ class TorchBackend:
                 for key, value in plan.items()
                 if key != "key" and len(value)
             }
-            values.append(self._step(arrays, task, emit).detach())
+            data = self.data
+            if self.host is not None:
+                data = self._rows(self.host[plan["idx"]])
+                arrays["idx"] = torch.arange(len(plan["idx"]), device=self.ops.device)
+            values.append(self._step(data, arrays, task, emit).detach())
         return torch.stack(values).double().cpu().numpy()
 
     def _step(
-        self, arrays: dict[str, Tensor], task: int, emit: Callable[[str], None] | None
+        self,
+        data: dict[str, Tensor],
+        arrays: dict[str, Tensor],
+        task: int,
+        emit: Callable[[str], None] | None,
     ) -> Tensor:
+        if self.scale is not None:
+            self.ops.loss_scale = self.scale.value
         skip = self.nan == "skip"
         buffers = [(b, b.clone()) for b in self.model.module.buffers()] if skip else []
         try:
@@ -276,7 +188,7 @@ class TorchBackend:
                 self.algorithm,
                 self.ops,
                 self.model,
-                self.data,
+                data,
                 arrays,
                 self.params,
                 self.state,
@@ -285,13 +197,22 @@ class TorchBackend:
                 past=task,
                 lr=self.lr,
                 apply=lambda params, grads: self._apply(params, grads, emit),
+                update=self._sgd_update if self.plain_sgd and emit is None else None,
                 assign=self._assign,
                 **self.context,
             )
         except SkippedStep:
             for buffer, before in buffers:
                 buffer.copy_(before)
+            self.skipped = True
+            if self.scale is not None:
+                self.scale.shrink()
+                last = self.ops.last_value
+                if last is not None and bool(last.isfinite()):
+                    return last  # the loss is as it should be, its gradient was scaled too far
             return torch.tensor(float("nan"), device=self.ops.device)
+        if self.scale is not None:
+            self.scale.grow()
         out: Tensor = value
         return out
 
@@ -316,8 +237,31 @@ class TorchBackend:
             emit("after_optimizer_step")
         return params
 
+    def _find_plain_sgd(self) -> bool:
+        """Tell whether a step is -lr times the gradient or the momentum, to single precision or better."""
+        first, *rest = self.optimizer.param_groups
+        return (
+            type(self.optimizer) is torch.optim.SGD
+            and not (first["weight_decay"] or first["nesterov"] or first["maximize"])
+            and all(
+                group[key] == first[key]
+                for group in rest
+                for key in ("lr", "momentum", "weight_decay", "nesterov", "maximize")
+            )
+            and all(p.dtype in (torch.float32, torch.float64) for p in self.params.values())
+        )
+
+    def _sgd_update(self) -> tuple[Tree, float]:
+        first, state = self.optimizer.param_groups[0], self.optimizer.state
+        moved = {
+            name: state[p]["momentum_buffer"] if first["momentum"] else p.grad
+            for name, p in self.params.items()
+        }
+        return moved, -float(first["lr"])
+
     def _skip_unless_finite(self, tree: Tree) -> None:
-        if self.nan == "skip" and not all(bool(leaf.isfinite().all()) for leaf in tree.values()):
+        wary = self.nan == "skip" or self.scale is not None
+        if wary and not all(bool(leaf.isfinite().all()) for leaf in tree.values()):
             raise SkippedStep
 
     def _assign(self, params: Tree) -> Tree:
@@ -355,7 +299,9 @@ class TorchBackend:
                 if value is not None:
                     moments[f"{i}/{key}"] = _host(torch.as_tensor(value))
         buffers = {k: _host(v) for k, v in self.model.module.named_buffers()}
+        scale = {} if self.scale is None else {"scale": self.scale.array()}
         return {
+            **scale,
             "params": {k: _host(v) for k, v in self.params.items()},
             "opt": moments,
             "buffers": buffers,
@@ -379,6 +325,8 @@ class TorchBackend:
                 tensor = tensor.view(torch.bfloat16)
             self.optimizer.state[p][field] = tensor if field == "step" else tensor.to(p.device)
         self.state = _tree_device(self.state, tree.get("algo", {}))
+        if self.scale is not None and "scale" in tree:
+            self.scale.restore(tree["scale"])
 
 
 def _host(x: Tensor) -> np.ndarray[Any, Any]:

@@ -100,6 +100,10 @@ class Ops(ABC):
         """Return the cross-entropy of every row."""
         return -self.pick(self.log_softmax(logits), y)
 
+    def mean_nll(self, logits: Array, y: Array) -> Array:
+        """Return the mean cross-entropy of all rows."""
+        return self.nll(logits, y).mean()
+
     @abstractmethod
     def scatter(self, x: Array, rows: Array, values: Array) -> Array:
         """Write values into rows of x; rows >= len(x) are dropped. In place where that is possible."""
@@ -174,6 +178,12 @@ class Ops(ABC):
         """Return total + scale b c; total is used up, so that PyTorch may write into it."""
         return self.addcmul(total, b, c, scale)
 
+    def pull(
+        self, grads: Tree, params: Tree, omega: Tree, anchor: Tree, lam: float, *, keep: bool
+    ) -> Tree:
+        """Return grads + lam omega (params - anchor); grads is used up unless it is to be kept."""
+        return self.addcmul(grads, omega, self.sub(params, anchor), lam)
+
     def sub_from(self, a: Tree, b: Tree) -> Tree:
         """Return a - b; a is used up, so that PyTorch may write into it."""
         return self.sub(a, b)
@@ -215,6 +225,17 @@ class Ops(ABC):
     @abstractmethod
     def per_sample_grad(self, fn: Callable[..., Array], params: Tree, *batch: Array) -> Tree:
         """Return the gradients of ``fn(params, *row)`` for every row, stacked along a first axis."""
+
+    def per_sample_sum(
+        self, fn: Callable[..., Array], params: Tree, w: Array, power: int, *batch: Array
+    ) -> Tree:
+        """Return ``Σ_n w_n |∂ fn(params, row n)|^power`` (power 1 or 2), in single precision or wider."""
+
+        def total(g: Array) -> Array:
+            size = g * g if power == 2 else self.abs(g)
+            return (self.cast(w, g) @ size.reshape(len(w), -1)).reshape(g.shape[1:])
+
+        return self.map(total, self.wide(self.per_sample_grad(fn, params, *batch)))
 
     @abstractmethod
     def jit(self, fn: Callable[..., Any]) -> Callable[..., Any]:
