@@ -34,6 +34,11 @@ def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
+def is_nested(x: object) -> bool:
+    """Tell whether this is a nested tensor; torch.compile before 2.6 cannot trace getattr with a default."""
+    return isinstance(x, Tensor) and x.is_nested
+
+
 def tokens(name: str, x: Tensor, embed_dim: int, ndim: int = 3) -> None:
     """Require a floating (B, N, d) tensor."""
     if not isinstance(x, Tensor):

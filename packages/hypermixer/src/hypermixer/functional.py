@@ -21,13 +21,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
 
 Activation = Callable[[Tensor], Tensor]
 
 # Asked once: torch.compile before 2.9 cannot trace the question.
 _AUTOCAST = frozenset(
-    kind for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xpu") if is_autocast_available(kind)
+    kind
+    for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")
+    if torch.amp.is_autocast_available(kind)
 )
 
 

@@ -117,7 +117,7 @@ class HyperMixing(StreamingMixing):
             TypeError: for integer tensors and masks of other dtypes.
             IndexError: for a position beyond a learned table.
         """
-        if isinstance(query, Tensor) and query.is_nested:
+        if _checks.is_nested(query):
             masked = key_padding_mask is not None or query_padding_mask is not None
             if masked or cu_seqlens is not None:
                 raise ValueError("a jagged query has no padding: give no mask and no cu_seqlens")

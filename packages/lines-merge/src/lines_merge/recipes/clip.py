@@ -209,7 +209,7 @@ def load_head(path: str | os.PathLike[str]) -> ClassificationHead:
     Raises:
         CheckpointError: the pickle names any other class.
     """
-    if torch.__version__ < (2, 6):
+    if torch.__version__ < "2.6":
         raise CheckpointError(f"{path}: a pickled head is read safely by torch 2.6 and newer only")
     allowed = [(ClassificationHead, name) for name in _HEAD_CLASSES]
     plain = [nn.Linear, ClassificationHead]
