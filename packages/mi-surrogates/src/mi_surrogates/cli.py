@@ -121,7 +121,7 @@ def load_space(path: Path) -> DesignSpace:
 
 def load_callable(name: str, what: str = "simulator") -> Any:
     """Import `package.module:name`; the present folder is searched, too."""
-    module, _, attribute = name.partition(":")
+    module, _, attribute = str(name).partition(":")
     if not attribute:
         raise ValueError(f"the {what} must be package.module:name, got {name!r}")
     if os.getcwd() not in sys.path:
