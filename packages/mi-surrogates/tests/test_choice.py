@@ -260,6 +260,7 @@ def test_command_line(tmp_path, capsys, monkeypatch) -> None:
         (Choice(["Pb", "Fe", "Pb"]), "'m': options must be two or more different"),
         (Choice(["Pb", "Fe"], "W"), "'m': initial must be one of .*, got 'W'"),
         (Choice(["Pb", 3]), "'m': options must be a list of strings"),  # type: ignore[list-item]
+        (Choice(5), "'m': options must be a list of strings, got 5"),  # type: ignore[arg-type]
         (Choice("PbFe"), "'m': options must be a list of strings"),
     ],
 )

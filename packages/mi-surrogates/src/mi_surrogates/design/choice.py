@@ -44,7 +44,8 @@ class Choice:
     def start(self, name: str) -> Floats:
         """Return the weights (C,) a run begins with; `name` is for errors."""
         options = self.options
-        if isinstance(options, str) or not all(isinstance(each, str) for each in options):
+        listed = not isinstance(options, str) and hasattr(options, "__iter__")
+        if not listed or not all(isinstance(each, str) for each in options):
             raise ValueError(
                 f"parameter {name!r}: options must be a list of strings, got {options!r}"
             )
