@@ -706,6 +706,14 @@ def test_command_line_estimates_and_lists(
         (["run", "math:sin", "--space", "soft.toml"], "needs function and upper"),
         (["run", "math:sin", "--space", "number.toml"], "package.module:name, got 5"),
         (
+            ["run", "math:sin", "--space", "raises.toml"],
+            "soft constraint 'toy_simulators:price': IndexError",
+        ),
+        (
+            ["run", "math:sin", "--space", "array.toml"],
+            "soft constraint 'numpy:asarray': TypeError: a constraint must return a tensor, got",
+        ),
+        (
             ["run", "math:sin", "--space", "lost.toml"],
             "no module 'nowhere' for the soft constraint",
         ),
@@ -727,6 +735,10 @@ def test_command_line_says_what_is_wrong(
     Path("extra.toml").write_text(row + "[limits]\n")
     Path("row.toml").write_text(row + "[[linear]]\na = [1.0]\n")
     Path("soft.toml").write_text(row + "[[soft]]\nupper = 1.0\n")
+    Path("raises.toml").write_text(
+        row + "[[soft]]\nfunction = 'toy_simulators:price'\nupper = 1.0\n"
+    )
+    Path("array.toml").write_text(row + "[[soft]]\nfunction = 'numpy:asarray'\nupper = 1.0\n")
     Path("number.toml").write_text(row + "[[soft]]\nfunction = 5\nupper = 1.0\n")
     Path("lost.toml").write_text(row + "[[soft]]\nfunction = 'nowhere:f'\nupper = 1.0\n")
     assert main([*arguments, "--quiet"]) == 2

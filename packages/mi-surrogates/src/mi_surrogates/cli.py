@@ -115,7 +115,12 @@ def load_space(path: Path) -> DesignSpace:
     for row in table.get("soft", []):
         if set(row) != {"function", "upper"}:
             raise ValueError(f"{path}: [[soft]] needs function and upper, got {sorted(row)}")
-        space.add_constraint(load_callable(row["function"], "soft constraint"), row["upper"])
+        function = load_callable(row["function"], "soft constraint")
+        try:
+            space.add_constraint(function, row["upper"])
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}: soft constraint {row['function']!r}: {reason}") from error
     return space
 
 

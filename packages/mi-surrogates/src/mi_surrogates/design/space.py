@@ -55,6 +55,8 @@ class Soft:
     def violation(self, theta: Tensor) -> Tensor:
         """Return (g − upper)/|upper| (B,), negative where the constraint holds."""
         value = self.function(theta)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a constraint must return a tensor, got {type(value).__name__}")
         if value.shape != theta.shape[:1]:
             raise ValueError(
                 f"a constraint must map (B, F) to (B,), got {tuple(value.shape)} "
