@@ -206,6 +206,9 @@ def test_designs_auto_follows_the_parameters() -> None:
     assert result.events == 4 * 8 * 100
     with pytest.raises(ValueError, match="number or 'auto'"):
         Optimizer(line(), designs="many")
+    for odd in (8.0, None, [8]):
+        with pytest.raises(TypeError, match="designs must be a whole number or 'auto', got"):
+            Optimizer(line(), designs=odd)
 
 
 def test_an_instance_is_fitted_as_the_named_surrogate_of_its_arguments(tmp_path) -> None:

@@ -91,6 +91,9 @@ def test_ksg_recovers_the_information_of_a_gaussian() -> None:
     ("call", "error", "message"),
     [
         (lambda x, y: ksg(x, y, 0), ValueError, "k must be"),
+        (lambda x, y: ksg(x.clone().fill_(torch.nan), y), ValueError, "x has NaN"),
+        (lambda x, y: ksg(x, y / 0, backend="tree"), ValueError, "y has NaN or infinite"),
+        (lambda x, y: ksg(x, y / 0, backend="brute"), ValueError, "y has NaN or infinite"),
         (lambda x, y: ksg(x, y, 50), ValueError, "below the 50 samples"),
         (lambda x, y: ksg(x[:10], y), ValueError, "x and y must be"),
         (lambda x, y: ksg(x, y, backend="gpu"), ValueError, "backend"),

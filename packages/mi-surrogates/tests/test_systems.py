@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
@@ -408,6 +409,86 @@ def test_two_processes_cannot_share_a_folder_and_a_dead_one_frees_it(tmp_path: P
     Store(tmp_path, {}).close()
 
 
+def as_linear(simulator):
+    """Give a simulator the name of `toys.linear`, by which a checkpoint knows it."""
+    simulator.__module__, simulator.__qualname__ = toys.linear.__module__, "linear"
+    return simulator
+
+
+def test_full_disk_ends_the_run_with_the_next_design_and_frees_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference
+) -> None:
+    written: list[Path] = []
+    stores: list[Store] = []
+    simulated: list[int] = []
+    begin = Store.__init__
+
+    def full(path: Path, data: bytes) -> None:
+        written.append(path)
+        if len(written) > 4:  # config.json and three designs
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomically(path, data)
+
+    def remembered(self: Store, *arguments) -> None:
+        stores.append(self)
+        begin(self, *arguments)
+
+    def linear(theta, n, seed):
+        wait(stores[0]._pending)  # let the writer keep up
+        simulated.append(seed)
+        return toys.linear(theta, n, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "__init__", remembered)
+        patch.setattr(Store.__module__ + ".write_atomically", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(simulator=as_linear(linear), checkpoint=tmp_path)
+    assert len(simulated) == 5  # the fourth cannot be written, the fifth says so
+    assert np.array_equal(run(checkpoint=tmp_path).points, reference.points)
+
+
+def test_lock_that_cannot_be_written_is_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("socket.gethostname", full)
+        with pytest.raises(OSError, match="No space left"):
+            Store(tmp_path, {})
+    Store(tmp_path, {}).close()
+
+
+@pytest.mark.parametrize(("where", "arrived"), [("iteration", 3), ("step", 8)])
+def test_interrupt_from_the_keyboard_keeps_what_arrived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference, where: str, arrived: int
+) -> None:
+    """Within the second iteration, and between its events and the state that follows."""
+    calls: list[int] = []
+    save = Store.save_state
+
+    def simulator(theta, n, seed):
+        calls.append(1)
+        if where == "iteration" and len(calls) == 8 + arrived + 1:
+            raise KeyboardInterrupt
+        return toys.linear(theta, n, seed)
+
+    def save_state(self: Store, state, history) -> None:
+        if where == "step" and len(history) == 2:
+            raise KeyboardInterrupt
+        save(self, state, history)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "save_state", save_state)
+        with pytest.raises(KeyboardInterrupt):
+            run(simulator=as_linear(simulator), checkpoint=tmp_path)
+    assert len(list((tmp_path / "events" / "0001").iterdir())) == arrived
+    result = run(checkpoint=tmp_path, resume=True)
+    assert np.array_equal(result.points, reference.points)
+    assert np.array_equal(result.values, reference.values)
+
+
 def test_interrupted_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,6 +502,7 @@ def test_interrupted_write_leaves_the_old_file(
     with pytest.raises(OSError, match="power cut"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]  # on a full disk a rest would take what is left
 
 
 def test_no_state_is_written_after_events_that_could_not_be(
@@ -622,6 +704,15 @@ def test_command_line_estimates_and_lists(
         (["run", "math:sin", "--space", "extra.toml"], "unknown tables limits"),
         (["run", "math:sin", "--space", "row.toml"], "needs a and upper"),
         (["run", "math:sin", "--space", "soft.toml"], "needs function and upper"),
+        (["run", "math:sin", "--space", "number.toml"], "package.module:name, got 5"),
+        (
+            ["run", "math:sin", "--space", "raises.toml"],
+            "soft constraint 'toy_simulators:price': IndexError",
+        ),
+        (
+            ["run", "math:sin", "--space", "array.toml"],
+            "soft constraint 'numpy:asarray': TypeError: a constraint must return a tensor, got",
+        ),
         (
             ["run", "math:sin", "--space", "lost.toml"],
             "no module 'nowhere' for the soft constraint",
@@ -644,6 +735,11 @@ def test_command_line_says_what_is_wrong(
     Path("extra.toml").write_text(row + "[limits]\n")
     Path("row.toml").write_text(row + "[[linear]]\na = [1.0]\n")
     Path("soft.toml").write_text(row + "[[soft]]\nupper = 1.0\n")
+    Path("raises.toml").write_text(
+        row + "[[soft]]\nfunction = 'toy_simulators:price'\nupper = 1.0\n"
+    )
+    Path("array.toml").write_text(row + "[[soft]]\nfunction = 'numpy:asarray'\nupper = 1.0\n")
+    Path("number.toml").write_text(row + "[[soft]]\nfunction = 5\nupper = 1.0\n")
     Path("lost.toml").write_text(row + "[[soft]]\nfunction = 'nowhere:f'\nupper = 1.0\n")
     assert main([*arguments, "--quiet"]) == 2
     import re

@@ -17,6 +17,24 @@ def linear(theta: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray
     return x, x + (0.2 + ((theta - [0.7, 0.4]) ** 2).sum()) * noise
 
 
+MATERIALS = ["Pb", "Fe", "W"]  # least noise 0.8, 0.2, 0.5, at a = 0.3, 0.5, 0.8
+
+
+def materials(theta: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gaussian x; the noise is smallest for Fe and a = 0.5. Only one-hot designs are allowed."""
+    if sorted(theta[:3]) != [0.0, 0.0, 1.0]:
+        raise ValueError(f"no such material: {theta[:3]}")
+    x, noise = np.random.default_rng(seed).standard_normal((2, n))
+    return x, x + (
+        theta[:3] @ [0.8, 0.2, 0.5] + (theta[3] - theta[:3] @ [0.3, 0.5, 0.8]) ** 2
+    ) * noise
+
+
+def price(theta: torch.Tensor) -> torch.Tensor:
+    """A constraint: a, and a surcharge for Fe."""
+    return theta[:, 3] + 0.6 * theta[:, 1]
+
+
 def ring(theta: torch.Tensor) -> torch.Tensor:
     """A constraint: the squared distance from the origin."""
     return theta.square().sum(-1)

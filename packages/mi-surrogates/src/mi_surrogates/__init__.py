@@ -1,6 +1,7 @@
 """Design optimisation of black-box simulators with local mutual-information surrogates."""
 
 from mi_surrogates.design import (
+    Choice,
     DesignSpace,
     EnsembleSurrogate,
     GPSurrogate,
@@ -36,6 +37,7 @@ __all__ = [
     "CallableObjective",
     "CheckpointLocked",
     "CheckpointMismatch",
+    "Choice",
     "DegenerateData",
     "DesignSpace",
     "EnsembleSurrogate",

@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 def load_space(path: Path) -> DesignSpace:
     """Read a design space from TOML.
 
-    `[parameters.NAME]` has initial, lower, upper and optionally sigma; every `[[linear]]` has a (one number
+    `[parameters.NAME]` has initial, lower, upper and optionally sigma, or for a `Choice` options and optionally
+    initial; every `[[linear]]` has a (one number
     for each parameter), upper and optionally equal; every `[[soft]]` has function ("package.module:name" of
     a differentiable, batched function (B, F) to (B,)) and upper.
     """
@@ -88,7 +89,7 @@ def load_space(path: Path) -> DesignSpace:
     else:
         import tomli as tomllib
 
-    from mi_surrogates.design import DesignSpace, Parameter
+    from mi_surrogates.design import Choice, DesignSpace, Parameter
 
     with path.open("rb") as file:
         table: dict[str, Any] = tomllib.load(file)
@@ -97,9 +98,16 @@ def load_space(path: Path) -> DesignSpace:
     if unknown := sorted(set(table) - {"parameters", "linear", "soft"}):
         raise ValueError(f"{path}: unknown tables {', '.join(unknown)}")
     try:
-        space = DesignSpace({name: Parameter(**row) for name, row in table["parameters"].items()})
+        space = DesignSpace(
+            {
+                name: Choice(**row) if "options" in row else Parameter(**row)
+                for name, row in table["parameters"].items()
+            }
+        )
     except TypeError as error:
-        raise ValueError(f"{path}: a parameter has initial, lower, upper, sigma; {error}") from None
+        raise ValueError(
+            f"{path}: a parameter has initial, lower, upper, sigma, or options, initial; {error}"
+        ) from None
     for row in table.get("linear", []):
         if not {"a", "upper"} <= set(row):
             raise ValueError(f"{path}: [[linear]] needs a and upper, got {sorted(row)}")
@@ -107,13 +115,18 @@ def load_space(path: Path) -> DesignSpace:
     for row in table.get("soft", []):
         if set(row) != {"function", "upper"}:
             raise ValueError(f"{path}: [[soft]] needs function and upper, got {sorted(row)}")
-        space.add_constraint(load_callable(row["function"], "soft constraint"), row["upper"])
+        function = load_callable(row["function"], "soft constraint")
+        try:
+            space.add_constraint(function, row["upper"])
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}: soft constraint {row['function']!r}: {reason}") from error
     return space
 
 
 def load_callable(name: str, what: str = "simulator") -> Any:
     """Import `package.module:name`; the present folder is searched, too."""
-    module, _, attribute = name.partition(":")
+    module, _, attribute = str(name).partition(":")
     if not attribute:
         raise ValueError(f"the {what} must be package.module:name, got {name!r}")
     if os.getcwd() not in sys.path:
@@ -216,7 +229,7 @@ def _optimize(spec: dict[str, Any], arguments: argparse.Namespace) -> int:
         print(json.dumps(valid_json(summary), allow_nan=False))
     else:
         for name, value in result.theta_dict.items():
-            print(f"{name:20} {value:.6g}")
+            print(f"{name:20} {value}" if isinstance(value, str) else f"{name:20} {value:.6g}")
         print(f"{'objective':20} {result.value:.4g} ± {result.stderr:.2g}")
         print(f"{result.events} events, ended by {result.status} in {result.seconds:.1f} s")
     return 0

@@ -1,5 +1,6 @@
 """Designs: their space, local surrogates and the trust region."""
 
+from mi_surrogates.design.choice import Choice, Relaxed
 from mi_surrogates.design.space import DesignSpace, Parameter, Soft, box_penalty
 from mi_surrogates.design.surrogate import (
     EnsembleSurrogate,
@@ -11,6 +12,7 @@ from mi_surrogates.design.surrogate import (
 from mi_surrogates.design.trust import Region, Step, ascend
 
 __all__ = [
+    "Choice",
     "DesignSpace",
     "EnsembleSurrogate",
     "GPSurrogate",
@@ -18,6 +20,7 @@ __all__ = [
     "Parameter",
     "QuadraticSurrogate",
     "Region",
+    "Relaxed",
     "Soft",
     "Step",
     "ascend",

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mi_surrogates.design.choice import COMBINATIONS, SIGMA, Choice, named
 from mi_surrogates.design.projection import nearest, nearest_soft
 from mi_surrogates.errors import InfeasibleDesign
 
@@ -54,6 +55,8 @@ class Soft:
     def violation(self, theta: Tensor) -> Tensor:
         """Return (g − upper)/|upper| (B,), negative where the constraint holds."""
         value = self.function(theta)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a constraint must return a tensor, got {type(value).__name__}")
         if value.shape != theta.shape[:1]:
             raise ValueError(
                 f"a constraint must map (B, F) to (B,), got {tuple(value.shape)} "
@@ -63,10 +66,10 @@ class Soft:
 
 
 class DesignSpace:
-    """Bounded continuous designs.
+    """Bounded continuous designs, and discrete choices.
 
     Args:
-        parameters: name → `Parameter`; or leave it out and give the arrays.
+        parameters: name → `Parameter` or `Choice`; or leave it out and give the arrays.
         initial: (F,) start.
         lower: (F,) or a number.
         upper: (F,) or a number.
@@ -74,12 +77,18 @@ class DesignSpace:
         names: of the parameters; "theta0", … by default.
 
     Attributes:
-        names, initial, lower, upper, sigma: as given; arrays are float64.
+        names, initial, lower, upper, sigma: as given; arrays are float64. A choice has a column
+            "name=option" for each of its options, with weights ≥ 0 that sum to 1.
         linear: rows A and bounds b of A θ ≤ b.
         soft: the soft constraints.
+        choices: name → options of every `Choice`.
+        blocks: columns of every choice.
+        discrete: (F,) whether a column is one of a choice's.
 
     Raises:
-        ValueError: no parameters, duplicate names, lower ≥ upper, a start out of bounds, sigma ≤ 0.
+        ValueError: no parameters, duplicate names, lower ≥ upper, a start out of bounds, sigma ≤ 0,
+            a bad `Choice`, or more than 1000 combinations of options.
+        TypeError: a value is neither a `Parameter` nor a `Choice`.
 
     Example:
         >>> space = DesignSpace({"a": Parameter(20, 0, 100), "s": Parameter(5, 0, 100)})
@@ -90,7 +99,7 @@ class DesignSpace:
 
     def __init__(
         self,
-        parameters: Mapping[str, Parameter] | None = None,
+        parameters: Mapping[str, Parameter | Choice] | None = None,
         *,
         initial: Sequence[float] | Floats | None = None,
         lower: Sequence[float] | Floats | float = 0.0,
@@ -100,7 +109,10 @@ class DesignSpace:
     ) -> None:
         if (parameters is None) == (initial is None):
             raise ValueError("give either parameters or initial, lower, upper")
+        self.choices: dict[str, list[str]] = {}
+        self.blocks: list[list[int]] = []
         if parameters is not None:
+            parameters = self._columns(parameters)
             names = list(parameters)
             initial, lower, upper, wide = (
                 [
@@ -145,8 +157,39 @@ class DesignSpace:
                 )
             if not 0 < self.sigma[i] < math.inf:
                 raise ValueError(f"parameter {name!r}: sigma must be positive, got {self.sigma[i]}")
-        self.linear: list[tuple[Floats, float, bool]] = []
         self.soft: list[Soft] = []
+        self.discrete = np.zeros(self.dim, dtype=np.bool_)
+        for block in self.blocks:
+            self.discrete[block] = True
+        eye = np.eye(self.dim)
+        self.linear: list[tuple[Floats, float, bool]] = [
+            (eye[block].sum(0), 1.0, True) for block in self.blocks
+        ]
+
+    def _columns(self, parameters: Mapping[str, Parameter | Choice]) -> dict[str, Parameter]:
+        """Note the choices, and return the parameters with a column for each option in their place."""
+        columns: dict[str, Parameter] = {}
+        clash: list[str] = []
+        for name, each in parameters.items():
+            if isinstance(each, Parameter):
+                new = {name: each}
+            elif not isinstance(each, Choice):
+                raise TypeError(f"parameter {name!r} must be a Parameter or a Choice, got {each!r}")
+            else:
+                start = zip(each.options, each.start(name), strict=True)
+                new = {f"{name}={o}": Parameter(float(w), 0.0, 1.0, SIGMA) for o, w in start}
+                self.choices[name] = list(each.options)
+                self.blocks.append(list(range(len(columns), len(columns) + len(new))))
+            clash += set(columns) & set(new)
+            columns.update(new)
+        if clash:
+            raise ValueError(f"names must be different, got {sorted(clash)} twice")
+        if (size := math.prod(map(len, self.blocks))) > COMBINATIONS:
+            raise ValueError(
+                f"parameters {', '.join(self.choices)}: at most {COMBINATIONS} combinations of options "
+                f"are supported, got {size}"
+            )
+        return columns
 
     @property
     def dim(self) -> int:
@@ -159,18 +202,23 @@ class DesignSpace:
         """Require A θ ≤ upper (or = upper), exactly, of every design that is simulated or returned.
 
         Args:
-            a: (F,) one row, or (R, F).
+            a: (F,) one row, or (R, F); 0 for the columns of a choice.
             upper: a number or (R,).
             equal: make it an equality.
 
         Raises:
-            ValueError: a row has another length than F.
+            ValueError: a row has another length than F, or depends on a choice.
             InfeasibleDesign: no design within the bounds satisfies all linear constraints.
         """
         rows = np.atleast_2d(np.asarray(a, dtype=np.float64))
         limits = np.broadcast_to(np.asarray(upper, dtype=np.float64), rows.shape[:1])
         if rows.shape[1] != self.dim or not np.isfinite(rows).all():
             raise ValueError(f"a row of a must have {self.dim} finite numbers, got {rows.shape}")
+        if (touched := self.discrete & (rows != 0).any(0)).any():
+            name = self.names[int(touched.argmax())]
+            raise ValueError(
+                f"a linear constraint cannot depend on a choice, a is not 0 for {name!r}"
+            )
         before = list(self.linear)
         self.linear += [(row, float(b), equal) for row, b in zip(rows, limits, strict=True)]
         try:
@@ -183,7 +231,7 @@ class DesignSpace:
         """Require g(θ) ≤ upper of the nominal designs, by an augmented Lagrangian.
 
         Args:
-            function: differentiable, (B, F) to (B,).
+            function: differentiable, (B, F) to (B,); weights in the columns of a choice.
             upper: the violation that counts is relative to the size of upper.
         """
         soft = Soft(function, float(upper))
@@ -192,7 +240,7 @@ class DesignSpace:
 
     def check_initial(self) -> None:
         """Raise `InfeasibleDesign` if the start breaks a constraint by more than 1e-3."""
-        worst = self.violation(self.initial)
+        worst = self.violation(self.concrete(self.initial))
         if worst > 1e-3:
             raise InfeasibleDesign(
                 f"the initial design breaks a constraint by {worst:.3g} of its limit; start from "
@@ -209,6 +257,33 @@ class DesignSpace:
         if theta.ndim == 2:
             return np.stack([self.project(row) for row in theta])
         return nearest(theta, self.lower, self.upper, self.linear)
+
+    def concrete(self, theta: Floats) -> Floats:
+        """Return designs (F,) or (B, F) with 1 for the option of the largest weight and 0 for the others.
+
+        Example:
+            >>> space = DesignSpace({"m": Choice(["Pb", "Fe"]), "a": Parameter(3, 0, 9)})
+            >>> space.concrete(np.array([0.4, 0.6, 3.2]))
+            array([0. , 1. , 3.2])
+        """
+        if not self.blocks:
+            return theta
+        out = np.array(theta, dtype=np.float64)
+        for block in self.blocks:
+            out[..., block] = np.eye(len(block))[out[..., block].argmax(-1)]
+        return out
+
+    def sigma_limits(self, smallest: float, largest: float) -> tuple[Floats, Floats]:
+        """Return the least and the largest (F,) standard deviation of a region.
+
+        Args:
+            smallest: relative to sigma.
+            largest: relative to sigma; never above half of the range. A choice keeps its own.
+        """
+        low = self.sigma * smallest
+        high = np.maximum(np.minimum(self.sigma * largest, (self.upper - self.lower) / 2), low)
+        keep = self.discrete
+        return np.where(keep, self.sigma, low), np.where(keep, self.sigma, high)
 
     def restore(self, theta: Floats) -> Floats:
         """Return a near design that satisfies the soft constraints, too."""
@@ -244,18 +319,18 @@ class DesignSpace:
         return np.asarray(self.lower + unit * (self.upper - self.lower))
 
     def sample(self, n: int, generator: np.random.Generator | int = 0) -> Floats:
-        """Return n designs, uniform in the box and projected onto the linear constraints.
+        """Return n designs, uniform in the box and projected onto the linear constraints; options one-hot.
 
         Args:
             n: how many.
             generator: of NumPy, or a seed.
         """
         rng = np.random.default_rng(generator)
-        return self.project(self.from_unit(rng.random((n, self.dim))))
+        return self.concrete(self.project(self.from_unit(rng.random((n, self.dim)))))
 
-    def as_dict(self, theta: Floats) -> dict[str, float]:
-        """Return name → value."""
-        return {name: float(value) for name, value in zip(self.names, theta, strict=True)}
+    def as_dict(self, theta: Floats) -> dict[str, float | str]:
+        """Return name → value, for a `Choice` the option."""
+        return named(self.names, theta, self.choices)
 
     def config(self) -> dict[str, Any]:
         """Return what defines the space, as JSON can hold it; soft constraints by their number."""

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mi_surrogates.design.choice import Relaxed
 from mi_surrogates.design.space import DesignSpace
 
 Floats = NDArray[np.float64]
@@ -95,7 +96,9 @@ def ascend(
     """Climb mean(s) − β std(s) − penalties by Adam in z units, and return the last point inside.
 
     Soft constraints enter as an augmented Lagrangian, (μ/2) Σ relu(g + λ/μ)², in units of the
-    surrogate's spread; bounds and linear constraints are met by projection after every step.
+    surrogate's spread; bounds and linear constraints are met by projection after every step. Of choices
+    it is the options' weights that move, and the surrogate counts as in `Relaxed`; where they rest, the
+    best combination of options is taken at once, even outside the region.
 
     Args:
         surrogate: of z, not of θ.
@@ -112,6 +115,8 @@ def ascend(
         FloatingPointError: the surrogate's gradient is not finite.
     """
     dtype = next((b.dtype for b in surrogate.buffers()), torch.float64)
+    if space.blocks:
+        surrogate = Relaxed(surrogate, region, space)
     root = torch.from_numpy(region.root).to(dtype)
     center = torch.from_numpy(region.center).to(dtype)
     theta = region.center
@@ -147,7 +152,16 @@ def ascend(
     if space.soft:
         restored = space.restore(theta)
         # a restored point may lie outside; go back towards the feasible center until it does not
-        theta = restored if region.contains(restored) else region.center
+        inside = region.contains(restored)
+        if space.blocks:  # nor may the design that is simulated break a constraint
+            inside = inside and space.violation(space.concrete(restored)) <= 1e-3
+        theta = restored if inside else region.center
+    moved = np.abs(theta - region.center)[space.discrete]
+    if isinstance(surrogate, Relaxed) and float(moved.max()) < 1e-9:
+        # no single option is better, but several at once may be; the simulator judges such a leap
+        here = torch.from_numpy(region.to_z(theta)).to(dtype)[None]
+        other = np.where(space.discrete, surrogate.best(here, beta), theta)
+        theta = other if space.violation(other) <= 1e-3 else theta
     with torch.no_grad():
         end = torch.from_numpy(region.to_z(theta)).to(dtype)
         gain = float(surrogate(end[None])[0][0]) - start

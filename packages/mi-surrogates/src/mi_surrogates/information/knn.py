@@ -22,6 +22,8 @@ def _check(x: Tensor, y: Tensor, k: int) -> None:
     if not 1 <= k < x.shape[-2]:
         raise ValueError(f"k must be at least 1 and below the {x.shape[-2]} samples, got {k}")
     for name, block in (("x", x), ("y", y)):
+        if not bool(torch.isfinite(block).all()):
+            raise ValueError(f"{name} has NaN or infinite values")
         for sample in block.reshape(-1, *block.shape[-2:]):
             # rows can only coincide where their first columns do, and those are quick to compare
             rows = torch.unique(sample[:, 0]).shape[0]
@@ -160,7 +162,7 @@ def ksg(
         (...) nats, float64.
 
     Raises:
-        ValueError: shapes do not match, or k is out of range.
+        ValueError: shapes do not match, k is out of range, or values are not finite.
         DegenerateData: at least 1 % of the samples are ties.
 
     Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,6 +102,7 @@ def count_designs(designs: int | str, surrogate: str | nn.Module, dim: int) -> i
 
     Raises:
         ValueError: another word, or too few designs for a quadratic surrogate.
+        TypeError: neither a whole number nor a word.
 
     Example:
         >>> count_designs("auto", "quadratic", 6), count_designs(20, "quadratic", 6)
@@ -110,6 +112,10 @@ def count_designs(designs: int | str, surrogate: str | nn.Module, dim: int) -> i
         if designs != "auto":
             raise ValueError(f"designs must be a number or 'auto', got {designs!r}")
         return max(8, dim + 4)
+    try:
+        designs = operator.index(designs)
+    except TypeError:
+        raise TypeError(f"designs must be a whole number or 'auto', got {designs!r}") from None
     quadratic = surrogate == "quadratic" or isinstance(surrogate, QuadraticSurrogate)
     if quadratic and designs < dim + 2:
         raise ValueError(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mi_surrogates.design.choice import named
 from mi_surrogates.errors import missing
 from mi_surrogates.loop.store import write_atomically
 
@@ -117,7 +118,7 @@ class OptimizeResult:
         theta: (F,) the last nominal design that was simulated and not rejected.
         value: its objective, with standard error `stderr`.
         stderr: standard error of the value.
-        names: of the parameters.
+        names: of the parameters; an option of a `Choice` is "name=option".
         history: the iterations.
         points: (P, F) all designs that were simulated; `values` and `stderrs` (P,) belong to them.
         values: objective of the points.
@@ -126,6 +127,7 @@ class OptimizeResult:
         seconds: of the run, simulations included.
         constraint_violation: largest relative violation at theta.
         status: why it ended: "iterations", "events", "seconds", "patience", "floor" or "flat".
+        choices: name → options of every `Choice`.
     """
 
     theta: Floats
@@ -142,11 +144,12 @@ class OptimizeResult:
     status: str
     surrogate: Any = field(default=None, repr=False, compare=False)
     region: Any = field(default=None, repr=False, compare=False)
+    choices: dict[str, list[str]] = field(default_factory=dict)
 
     @property
-    def theta_dict(self) -> dict[str, float]:
-        """Name → value."""
-        return {name: float(v) for name, v in zip(self.names, self.theta, strict=True)}
+    def theta_dict(self) -> dict[str, float | str]:
+        """Name → value, for a `Choice` the option."""
+        return named(self.names, self.theta, self.choices)
 
     @property
     def best(self) -> Iteration:
@@ -182,6 +185,7 @@ class OptimizeResult:
                     "seconds",
                     "constraint_violation",
                     "status",
+                    "choices",
                 )
             },
         }

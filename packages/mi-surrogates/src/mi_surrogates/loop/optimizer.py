@@ -136,10 +136,7 @@ class Optimizer:
         self.warm_start, self.reuse, self.adapt = warm_start, reuse, adapt
         self.beta, self.lr, self.epochs = beta, lr, epochs
         self.crn, self.patience, self.seed = crn, patience, seed
-        self.smallest = space.sigma * sigma_min
-        self.largest = np.maximum(
-            np.minimum(space.sigma * sigma_max, (space.upper - space.lower) / 2), self.smallest
-        )
+        self.smallest, self.largest = space.sigma_limits(sigma_min, sigma_max)
         self.settled = np.maximum(0.1 * space.sigma, 1.1 * self.smallest)  # never ends the run
         self._surrogate = surrogate  # a name, or what new ones are copies of
         self.surrogate = self.new_surrogate()
@@ -170,7 +167,7 @@ class Optimizer:
     @property
     def theta(self) -> Floats:
         """(F,) the present nominal design."""
-        return self.region.center
+        return self.space.concrete(self.region.center)
 
     def _rng(self, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.iteration, 2**32 - 1, purpose])
@@ -182,7 +179,7 @@ class Optimizer:
         if self.adapt == "trust" and self._last is not None and self._previous is not None:
             drawn[1] = self._previous[0]  # simulated again, to judge the step
         self._trials = make_trials(
-            self.space.project(drawn),
+            self.space.concrete(self.space.project(drawn)),
             self.iteration,
             self.seed,
             events=self.events,
@@ -281,7 +278,7 @@ class Optimizer:
         self._points += [(self._trials[i].theta, *values[i], self.iteration) for i in values]
         self._check_flat(values)
 
-        nominal = self.region.center
+        nominal = self.theta
         accepted, ratio = self._judge(values)
         self._update_multipliers(nominal)
         near = self._neighbours()
@@ -292,7 +289,7 @@ class Optimizer:
             *values.get(0, (math.nan, math.nan)),
             accepted,
             ratio,
-            step.theta.tolist(),
+            self.space.concrete(step.theta).tolist(),
             step.gain,
             self.region.sigma.tolist(),
             step.at_boundary,
@@ -357,7 +354,7 @@ class Optimizer:
             self.region = Region(center, small, self.region.radius)
         index = 0 if accepted else 1
         if index in values:
-            self._accepted = (self.region.center, *values[index])
+            self._accepted = (self.theta, *values[index])
         if index in values and values[index][0] - 2 * values[index][1] > self._best:
             self._best, self._since_best = values[index][0] - 2 * values[index][1], 0
         else:
@@ -423,7 +420,9 @@ class Optimizer:
             # the top is inside: a smaller region has less that the surrogate cannot follow
             least = np.minimum(self.settled, self.region.sigma)
             cov = rescaled(cov, 0.5, least, self.largest)
-        floor = bool((np.sqrt(np.diag(cov)) <= self.smallest * (1 + 1e-9)).all())
+        free = ~self.space.discrete
+        small = (np.sqrt(np.diag(cov)) <= self.smallest * (1 + 1e-9))[free]
+        floor = bool(free.any() and small.all())
         self.region = Region(step.theta, cov, self.region.radius)
         self.history.append(record)
         if not self.status and floor and self.adapt == "trust":

@@ -94,4 +94,5 @@ def result(opt: Optimizer, status: str, seconds: float) -> OptimizeResult:
         status or opt.status,
         opt.surrogate,
         opt.region,
+        dict(opt.space.choices),
     )

@@ -37,11 +37,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk it would take what is left
+        raise
 
 
 def _lock(file: Any) -> None:
@@ -99,10 +103,10 @@ class Store:
             self._file.close()
             raise CheckpointLocked(f"{self.path} is in use by {owner}") from None
         _OPEN.add(self._key)
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
         try:
+            self._file.truncate(0)
+            self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            self._file.flush()
             self._check(json.loads(json.dumps(config)))
         except BaseException:
             self.close()
@@ -153,12 +157,18 @@ class Store:
         return self.path / "events" / f"{iteration:04d}" / f"{design:04d}.npz"
 
     def save_events(self, iteration: int, design: int, x: Floats, y: Floats) -> None:
-        """Write the events of one design, soon; see `flush`."""
+        """Write the events of one design, soon; see `flush`.
+
+        Raises:
+            OSError: an earlier file could not be written.
+        """
         buffer = io.BytesIO()
         np.savez(buffer, x=x, y=y)
         self._soon(self._events(iteration, design), buffer.getvalue())
 
     def _soon(self, path: Path, data: bytes) -> None:
+        while self._pending and self._pending[0].done():  # do not go on simulating for a full disk
+            self._pending.pop(0).result()
         self._pending.append(self._writer.submit(write_atomically, path, data))
 
     def load_events(self, iteration: int, design: int) -> tuple[Floats, Floats] | None:
