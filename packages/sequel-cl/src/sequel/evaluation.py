@@ -31,9 +31,11 @@ class Evaluation:
 
     def evaluate(self, scenario: Scenario | None = None) -> NDArray[np.float64]:
         """Return the accuracy on the test set of every task."""
+        if self.scenario is None:
+            raise RuntimeError("call setup(scenario) before evaluate")
         other = scenario is not None and scenario is not self.scenario
         if other or self._tests is None:
-            parts = [task.test for task in (scenario if other else self.scenario) or ()]
+            parts = [task.test for task in (self.scenario if scenario is None else scenario)]
             owner = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
             tests = Data.concat(parts)
             if not other:
