@@ -96,7 +96,10 @@ class Layers:
                         self.layers.append(layer)
         self.owner = owner
         self.possible = (
-            not shared and set(owner) == wanted and all(_covered(layer) for layer in self.layers)
+            not shared
+            and set(owner) == wanted
+            and all(_covered(layer) for layer in self.layers)
+            and {key for _, key in owner.values()} <= {"weight", "bias"}  # not pruned, normalised
         )
 
     def sums(
@@ -109,10 +112,12 @@ class Layers:
         """
         taken: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
-        def hook(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            taken.setdefault(layer, []).append((args[0].detach(), out))
+        def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any], out: Tensor) -> Tensor:
+            a = args[0] if args else kwargs["input"]
+            taken.setdefault(layer, []).append((a.detach(), out))
+            return out.clone()  # an activation in place then leaves ``out`` the layer's own
 
-        handles = [layer.register_forward_hook(hook) for layer in self.layers]
+        handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in self.layers]
         try:
             with torch.enable_grad():
                 logits = run()
