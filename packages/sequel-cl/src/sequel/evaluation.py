@@ -69,5 +69,7 @@ class Evaluation:
             raise RuntimeError("call setup(scenario) before predict")
         if task is None and (self.scenario.kind == "task" or "task_wise" in self.algorithm.needs):
             raise ValueError("task must be given: predictions depend on it here")
+        if task is not None and not 0 <= task < len(self.scenario):
+            raise ValueError(f"task must lie in [0, {len(self.scenario)}), got {task}")
         zeros = np.zeros(len(x), dtype=np.int64)
         return self._scores(Data(np.asarray(x), zeros, zeros + (task or 0)))
