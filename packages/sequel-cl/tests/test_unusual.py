@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,39 @@ def test_evaluation_before_setup_says_what_is_missing() -> None:
     for scenario in (None, small_scenario(2)):
         with pytest.raises(RuntimeError, match=r"call setup\(scenario\) before evaluate"):
             learner.evaluate(scenario)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize(
+    "make", [lambda **k: sequel.EWC(3.0, **k), lambda **k: sequel.SI(3.0, **k),
+             lambda **k: sequel.MAS(0.3, **k)], ids=["ewc", "si", "mas"],
+)  # fmt: skip
+def test_excluded_parameters_have_no_importance(make: Any, backend: str) -> None:
+    found = []
+    for exclude in (None, "bias|^classifier"):
+        torch.manual_seed(0)
+        model: Any = sequel.nn.MLP(64, (8,), 6)
+        optimizer: Any = torch.optim.SGD(model.parameters(), 0.05)
+        if backend == "jax":
+            optax = pytest.importorskip("optax")
+            model, optimizer = sequel.nn.to_jax(model), optax.sgd(0.05)
+        learner = sequel.Learner(model, optimizer, make(exclude=exclude), batch_size=8)
+        scenario = small_scenario(2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            learner.fit(scenario, 1, stop_after=1)
+        found.append({n: np.asarray(w) for n, w in learner.backend.state["omega"].items()})
+    free = {n for n in found[0] if "bias" in n or n.startswith("classifier")}
+    assert free
+    assert len(free) < len(found[0])
+    for name, omega in found[1].items():
+        assert np.array_equal(omega, 0 * omega if name in free else found[0][name])
+        assert found[0][name].max() > 0
+
+
+def test_exclude_must_be_found_somewhere() -> None:
+    with pytest.raises(ValueError, match="exclude must be a regular expression"):
+        sequel.EWC(exclude="(")
+    learner = small_learner(sequel.EWC(exclude="norm"), small_scenario(2))
+    with pytest.raises(ValueError, match="exclude='norm' is found in no parameter's name"):
+        learner.setup(small_scenario(2))
