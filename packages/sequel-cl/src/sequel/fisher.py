@@ -94,7 +94,7 @@ class Layers:
                     owner[name] = (layer, key)
                     if layer not in self.layers:
                         self.layers.append(layer)
-        self.owner = owner
+        self.owner, self.in_place = owner, False
         self.possible = (
             not shared
             and set(owner) == wanted
@@ -112,10 +112,13 @@ class Layers:
         """
         taken: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
+        versions: list[tuple[Tensor, int]] = []
+
         def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any], out: Tensor) -> Tensor:
             a = args[0] if args else kwargs["input"]
             taken.setdefault(layer, []).append((a.detach(), out))
-            return out.clone()  # an activation in place then leaves ``out`` the layer's own
+            versions.append((out, out._version))
+            return out.clone() if self.in_place else out
 
         handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in self.layers]
         try:
@@ -124,6 +127,9 @@ class Layers:
         finally:
             for handle in handles:
                 handle.remove()
+        if any(out._version != version for out, version in versions):
+            self.in_place = True  # an activation has overwritten a layer's own output
+            return self.sums(run, scalars, power=power)
         for layer in self.layers:
             rank = 2 if isinstance(layer, nn.Linear) else 4
             calls = taken.get(layer, [])
