@@ -204,3 +204,34 @@ def test_class_policies_insist_on_labels_in_range(tmp_path: Path) -> None:
     assert slots.tolist() == [0, 1, 2, 3, 3]  # 3, the capacity: not stored
     with pytest.raises(ValueError, match="bfloat16"):
         sequel.ReplayBuffer(3, storage="mmap", path=tmp_path).add(x=x.bfloat16())
+
+
+def test_fields_may_be_told_before_the_first_add() -> None:
+    item = {"x": torch.zeros(3, dtype=torch.uint8), "y": 0, "logits": np.zeros(2, np.float32)}
+    buffer = sequel.ReplayBuffer(4, fields=item)
+    assert len(buffer) == 0
+    x, y, z = torch.ones(2, 3, dtype=torch.uint8), torch.tensor([1, 2]), torch.rand(2, 2)
+    with pytest.raises(ValueError, match=r"got fields \['x', 'y'\], the buffer has"):
+        buffer.add(x=x, y=y)
+    with pytest.raises(ValueError, match=r"'x' has shape .* and dtype torch.float32"):
+        buffer.add(x=x.float(), y=y, logits=z)
+    buffer.add(x=x, y=y, logits=z)
+    found = buffer.sample(2)
+    assert {k: v.dtype for k, v in found.items()} == {
+        "x": torch.uint8,
+        "y": torch.int64,
+        "logits": torch.float32,
+    }
+    assert torch.equal(found["logits"][found["y"].argsort()], z)
+
+
+@pytest.mark.parametrize("policy", ["class_balanced", "herding"])
+def test_a_refused_add_leaves_no_fields_behind(policy: str) -> None:
+    buffer, x, y = sequel.ReplayBuffer(4, policy), torch.rand(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="needs the labels"):
+        buffer.add(x=x)
+    if policy == "herding":
+        with pytest.raises(ValueError, match="needs features"):
+            buffer.add(x=x, y=y, more=x)
+    buffer.add(x=x, y=y, **({"features": x} if policy == "herding" else {}))
+    assert len(buffer) == 2

@@ -243,3 +243,20 @@ def test_what_cannot_run_says_so_in_one_line(
     captured = capsys.readouterr()
     assert text in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_another_algorithm_drops_the_parameters_of_a_config_file(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('algo = "er"\ntasks = 2\nepochs = 1\n[params]\nmemory = 12\n')
+    args = ["run", "--config", str(config), "--algo", "ewc", "--quiet", "--out", str(tmp_path)]
+    assert main([*args, "--lam", "2"]) == 0
+    (found,) = (json.loads(f.read_text()) for f in tmp_path.rglob("run.json"))
+    assert (found["algo"], found["params"]["lam"]) == ("ewc", 2)
+
+
+@pytest.mark.parametrize("bad", [["--epochs", "-1"], ["--set", "batch_size=0"]])
+def test_a_run_that_cannot_start_claims_no_folder(tmp_path: Path, bad: list[str]) -> None:
+    args = ["run", *FAST, "--out", str(tmp_path)]
+    assert main([*args, *bad]) == 2
+    assert not list(tmp_path.rglob("run.json"))
+    assert main(args) == 0

@@ -141,3 +141,28 @@ def test_bf16_models_keep_their_momentum_over_a_checkpoint(tmp_path: Path) -> No
     second.fit(stream, 2)
     for a, b in zip(whole.backend.params.values(), second.backend.params.values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_numbers_out_of_their_range_are_named() -> None:
+    with pytest.raises(ValueError, match=r"min_lr must be a finite number >= 0.0, got -1"):
+        learner(min_lr=-1)
+    with pytest.raises(ValueError, match="eval_every must be an integer >= 1, got 0"):
+        learner(eval_every=0)
+    mine = learner()
+    mine.setup(two_tasks())
+    with pytest.raises(ValueError, match=r"number must lie in \[0, 2\), got 2"):
+        mine.fit_task(2)
+    for task in (-1, 2):  # -1 would have been the last row of the mask
+        with pytest.raises(ValueError, match=rf"task must lie in \[0, 2\), got {task}"):
+            mine.predict(mine.scenario[0].test.x, task=task)
+
+
+def test_data_in_the_place_of_a_scenario() -> None:
+    x, y = np.zeros((20, 3)), np.arange(20) % 4
+    pieces = sequel.scenarios.data_incremental((x, y, x, y), batch=8)
+    assert sorted(np.concatenate([t.train_index for t in pieces]).tolist()) == list(range(20))
+    assert [len(t.train_index) for t in pieces] == [8, 8, 4]
+    with pytest.raises(TypeError, match="scenario must be a Scenario or tasks, not data"):
+        sequel.scenarios.blurry((x, y), 0.5)
+    with pytest.raises(TypeError, match="scenario must be a Scenario or tasks, not data"):
+        learner().fit((x, y))

@@ -273,3 +273,14 @@ def test_the_best_task_is_kept_beside_the_newest_files(tmp_path: Path) -> None:
     again.setup(scenario)
     again.restore(tree, header)
     np.testing.assert_allclose(again.evaluate()[: np.argmax(means) + 1].mean(), max(means))
+
+
+def test_a_damaged_best_file_is_replaced_with_a_warning(tmp_path: Path) -> None:
+    scenario, path = small_scenario(1), tmp_path / "best.safetensors"
+    path.write_bytes(b"damaged")
+    learner = small_learner(
+        sequel.Naive(), scenario, callbacks=[sequel.Checkpoint(tmp_path, best=True)]
+    )
+    with pytest.warns(RuntimeWarning, match="not a whole checkpoint.*; it is replaced"):
+        result = learner.fit(scenario)
+    assert checkpoint.read(path)[1]["best"] == result.acc

@@ -177,12 +177,13 @@ class ReplayBuffer:
         capacity: number of items, >= 1.
         policy: ``"reservoir"``, ``"ring"``, ``"class_balanced"``, ``"gdumb"`` or ``"herding"`` (each call
             of ``add`` brings whole classes and their ``features``; every class keeps an equal share).
+        fields: one item of every field, e.g. ``{"x": torch.zeros(4), "y": 0}``; None takes the first ``add``'s.
         device: where the items live (``storage="device"``).
         storage: ``"ram"`` (host), ``"device"``, or ``"mmap"`` (NumPy memory maps in ``path``).
         seed: of the counter-based draws.
         n_classes: makes ``"ring"`` one ring per class.
 
-    Fields are those of the first ``add``; shapes and dtypes (uint8 stays uint8) are fixed by it. Raises
+    The first ``add``, or ``fields``, fixes names, shapes and dtypes (uint8 stays uint8). Raises
     ValueError where they change, RuntimeError when an empty buffer is sampled. The policies that need
     labels take them from the field ``y``.
 
@@ -198,6 +199,7 @@ class ReplayBuffer:
         capacity: int,
         policy: str = "reservoir",
         *,
+        fields: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
         storage: str = "ram",
         path: str | os.PathLike[str] | None = None,
@@ -210,7 +212,10 @@ class ReplayBuffer:
         self.device = torch.device(device if storage == "device" else "cpu")
         self.slots = Slots(capacity, "manual" if policy == "herding" else policy, seed, n_classes)
         self.path = path
-        self.fields: dict[str, Tensor] = {}
+        self.fields: dict[str, Tensor] = {
+            name: self._allocate(name, torch.as_tensor(item)[None])
+            for name, item in (fields or {}).items()
+        }
         self.draws = 0
         self._rank = np.zeros(capacity, dtype=np.int64)
 
@@ -248,6 +253,11 @@ class ReplayBuffer:
             raise ValueError(
                 f"add() got fields {sorted(rows)}, the buffer has {sorted(self.fields)}"
             )
+        by_class = self.slots.n_classes is not None or self.policy not in ("ring", "reservoir")
+        if self.policy != "reservoir" and by_class and "y" not in rows:
+            raise ValueError(f"policy {self.policy!r} needs the labels: add(..., y=...)")
+        if self.policy == "herding" and features is None:
+            raise ValueError("policy 'herding' needs features=..., one row per item")
         for name, value in rows.items():
             if name not in self.fields:
                 self.fields[name] = self._allocate(name, value)
@@ -257,9 +267,6 @@ class ReplayBuffer:
                     f"field {name!r} has shape {tuple(value.shape[1:])} and dtype {value.dtype}, the "
                     f"buffer holds {tuple(have.shape[1:])} and {have.dtype}"
                 )
-        by_class = self.slots.n_classes is not None or self.policy not in ("ring", "reservoir")
-        if self.policy != "reservoir" and by_class and "y" not in rows:
-            raise ValueError(f"policy {self.policy!r} needs the labels: add(..., y=...)")
         labels = np.asarray(rows["y"].cpu()) if "y" in rows else np.zeros(n, dtype=np.int64)
         slots = self._herd(labels, features) if self.policy == "herding" else self.slots.add(labels)
         kept = torch.from_numpy(np.flatnonzero(slots < self.capacity))
@@ -269,8 +276,6 @@ class ReplayBuffer:
         return slots
 
     def _herd(self, labels: NDArray[Any], features: Any) -> NDArray[np.int64]:
-        if features is None:
-            raise ValueError("policy 'herding' needs features=..., one row per item")
         features = np.asarray(torch.as_tensor(features).detach().cpu())
         slots = np.full(len(labels), self.capacity, dtype=np.int64)
         new = np.unique(labels)

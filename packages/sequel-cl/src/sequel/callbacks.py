@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +111,12 @@ class Checkpoint(Callback):
         from sequel.checkpoint import read, write
 
         path, mean = self.folder / "best.safetensors", sum(seen) / len(seen)
-        if path.exists() and mean <= float(read(path)[1]["best"]):
-            return
+        if path.exists():
+            try:
+                if mean <= float(read(path)[1]["best"]):
+                    return
+            except RuntimeError as error:
+                warnings.warn(f"{error}; it is replaced", RuntimeWarning, stacklevel=2)
         tree, header = learner.state_dict()
         write(path, tree, {**header, "best": mean})
 

@@ -44,6 +44,12 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 _NAMES = {"b": "BOOL", "f": "F", "i": "I", "u": "U"}
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a header holds JSON's types and NumPy's numbers, got {type(value).__name__}")
+
+
 def _encoded(flat: dict[str, np.ndarray[Any, Any]], text: str) -> Iterator[Any]:
     """Yield the parts of a safetensors file, the arrays as they are in memory instead of in copies."""
     order = sorted(flat, key=lambda name: (-flat[name].dtype.itemsize, name))  # all aligned
@@ -51,7 +57,9 @@ def _encoded(flat: dict[str, np.ndarray[Any, Any]], text: str) -> Iterator[Any]:
     at = 0
     for name in order:
         array = flat[name]
-        kind = _NAMES[array.dtype.kind]
+        kind = _NAMES.get(array.dtype.kind)
+        if kind is None or array.dtype.itemsize > 8:
+            raise TypeError(f"{name} has dtype {array.dtype}, which a checkpoint cannot hold")
         header[name] = {
             "dtype": kind if kind == "BOOL" else f"{kind}{8 * array.dtype.itemsize}",
             "shape": list(array.shape),
@@ -73,7 +81,7 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any], header: dict[str, 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, **header})
+    text = json.dumps({"format": FORMAT, **header}, default=_plain)
     parts = _encoded(_flat(tree), text)
     handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
     try:

@@ -97,8 +97,6 @@ def _config(args: argparse.Namespace, base: dict[str, Any] | None = None) -> dic
     config = {**DEFAULTS, **(base or {})}
     if args.config in (shipped := configs()):
         config |= {k: v for k, v in shipped[args.config].items() if k != "expected"}
-        if args.algo not in (None, config["algo"]):
-            config["params"] = {}  # they are those of another algorithm
     elif args.config:
         path = Path(args.config)
         if not path.exists():
@@ -106,6 +104,8 @@ def _config(args: argparse.Namespace, base: dict[str, Any] | None = None) -> dic
                 f"--config {args.config!r} is neither a file nor one of {', '.join(shipped)}"
             )
         config |= read(path)
+    if args.algo not in (None, config["algo"]):
+        config["params"] = {}  # they are those of another algorithm
     for name in ("scenario", "algo", "backend", "epochs", "tasks", "data_dir", "seed"):
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)

@@ -31,9 +31,11 @@ class Evaluation:
 
     def evaluate(self, scenario: Scenario | None = None) -> NDArray[np.float64]:
         """Return the accuracy on the test set of every task."""
+        if self.scenario is None:
+            raise RuntimeError("call setup(scenario) before evaluate")
         other = scenario is not None and scenario is not self.scenario
         if other or self._tests is None:
-            parts = [task.test for task in (scenario if other else self.scenario) or ()]
+            parts = [task.test for task in (self.scenario if scenario is None else scenario)]
             owner = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
             tests = Data.concat(parts)
             if not other:
@@ -67,5 +69,7 @@ class Evaluation:
             raise RuntimeError("call setup(scenario) before predict")
         if task is None and (self.scenario.kind == "task" or "task_wise" in self.algorithm.needs):
             raise ValueError("task must be given: predictions depend on it here")
+        if task is not None and not 0 <= task < len(self.scenario):
+            raise ValueError(f"task must lie in [0, {len(self.scenario)}), got {task}")
         zeros = np.zeros(len(x), dtype=np.int64)
         return self._scores(Data(np.asarray(x), zeros, zeros + (task or 0)))

@@ -94,9 +94,12 @@ class Layers:
                     owner[name] = (layer, key)
                     if layer not in self.layers:
                         self.layers.append(layer)
-        self.owner = owner
+        self.owner, self.in_place = owner, False
         self.possible = (
-            not shared and set(owner) == wanted and all(_covered(layer) for layer in self.layers)
+            not shared
+            and set(owner) == wanted
+            and all(_covered(layer) for layer in self.layers)
+            and {key for _, key in owner.values()} <= {"weight", "bias"}  # not pruned, normalised
         )
 
     def sums(
@@ -109,16 +112,24 @@ class Layers:
         """
         taken: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
-        def hook(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            taken.setdefault(layer, []).append((args[0].detach(), out))
+        versions: list[tuple[Tensor, int]] = []
 
-        handles = [layer.register_forward_hook(hook) for layer in self.layers]
+        def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any], out: Tensor) -> Tensor:
+            a = args[0] if args else kwargs["input"]
+            taken.setdefault(layer, []).append((a.detach(), out))
+            versions.append((out, out._version))
+            return out.clone() if self.in_place else out
+
+        handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in self.layers]
         try:
             with torch.enable_grad():
                 logits = run()
         finally:
             for handle in handles:
                 handle.remove()
+        if any(out._version != version for out, version in versions):
+            self.in_place = True  # an activation has overwritten a layer's own output
+            return self.sums(run, scalars, power=power)
         for layer in self.layers:
             rank = 2 if isinstance(layer, nn.Linear) else 4
             calls = taken.get(layer, [])

@@ -99,6 +99,9 @@ class Learner(Training):
         _check.one_of("preload", preload, (True, False, "auto"))
         _check.one_of("backend", backend, (None, "torch", "jax"))
         _check.above("lr_decay", lr_decay, 0.0)
+        _check.at_least("min_lr", min_lr, 0.0)
+        if eval_every is not None:
+            _check.count("eval_every", eval_every)
         if grad_clip is not None:
             _check.above("grad_clip", grad_clip, 0.0)
         if not isinstance(algorithm, Algorithm):

@@ -187,12 +187,14 @@ def run(
     config = {**DEFAULTS, **config}
     if unknown := sorted(set(config) - set(DEFAULTS) - {"expected"}):
         raise ValueError(f"unknown settings {unknown}; there are {sorted(DEFAULTS)}")
+    _check.count("epochs", config["epochs"], 0)
     scenario = make_scenario(config)
     extra: tuple[Any, ...] = tuple(callbacks)
+    make_learner(config, scenario)  # before the folder is claimed: it checks the settings
     if out is not None:
         folder = Path(out)
         algorithm = make_algorithm(config["algo"], config["params"])
         echo = {**config, "params": asdict(algorithm)}  # type: ignore[call-overload]
         _claim(folder, json.loads(json.dumps(echo)))
         extra = (CSVLogger(folder), Checkpoint(folder, every_steps=config["every_steps"]), *extra)
-    return make_learner(config, scenario, extra).fit(scenario, int(config["epochs"]))
+    return make_learner(config, scenario, extra).fit(scenario, config["epochs"])

@@ -64,6 +64,8 @@ class Training(Evaluation):
         """Train on one task of the bound scenario and evaluate on all; returns the accuracies."""
         if self.scenario is None:
             raise RuntimeError("call setup(scenario) before fit_task")
+        if not 0 <= number < len(self.scenario):
+            raise ValueError(f"number must lie in [0, {len(self.scenario)}), got {number}")
         backend = self.backend
         fresh = self.position["task"] != number or (
             self.position["epoch"] == 0 and self.position["step"] == 0

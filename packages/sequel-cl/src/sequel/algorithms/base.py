@@ -158,6 +158,9 @@ class Algorithm:
         """Check the hyper-parameters; called by ``__post_init__``."""
 
     def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            if isinstance(value, np.generic):  # a checkpoint compares reprs
+                object.__setattr__(self, name, value.item())
         self.check()
 
     def memory_spec(self, info: Info) -> MemorySpec | None:

@@ -32,7 +32,7 @@ class EWC(Quadratic):
             ``"mc"`` (one drawn label) or ``"batch"`` (square of batch means; biased, for comparisons).
         n_samples: size of a random subset for the Fisher information; None is all.
         temperature: of the softmax in the Fisher information, > 0.
-        apply: ``"grad"`` or ``"prox"``, see :class:`Quadratic`.
+        apply, exclude: ``"grad"`` or ``"prox"``, and parameters left alone: see :class:`Quadratic`.
 
     >>> EWC(lam=5.0, mode="online", gamma=0.9).lam
     5.0
@@ -59,7 +59,7 @@ class EWC(Quadratic):
         fisher = tools.fisher(
             params, self.fisher, n_samples=self.n_samples, temperature=self.temperature
         )
-        anchor = ops.wide(ops.copy(params))
+        fisher, anchor = self.without(ops, fisher), ops.wide(ops.copy(params))
         if self.mode == "separate":
             state = merge(ops, state, fisher, anchor)
         else:

@@ -45,6 +45,7 @@ class MAS(Quadratic):
         self, ops: Ops, params: Tree, task: int, tools: Tools, state: State
     ) -> tuple[Tree, State]:
         found = tools.fisher(params, "output" if self.per_sample else "output_batch")
+        found = self.without(ops, found)
         keep, add = (1.0, 1.0) if self.accumulate == "sum" else (self.alpha, 1 - self.alpha)
         omega = ops.map(lambda o, i: keep * o + add * i, state["omega"], found)
         state = {**state, "omega": omega, "anchor": ops.wide(ops.copy(params))}

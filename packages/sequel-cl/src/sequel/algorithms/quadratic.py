@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,16 +47,37 @@ class Quadratic(Algorithm):
     ``apply="grad"`` adds lam omega (θ - anchor) to the gradient, which is what differentiating the
     penalty does. ``apply="prox"`` moves the parameters after the optimizer's step to the minimum of
     the penalty plus the squared distance; it is stable for every lam.
+
+    ``exclude`` is a regular expression: parameters in whose names it is found get no importance, e.g.
+    ``"norm"`` for the scales and shifts of normalisation layers.
     """
 
     lam: float = 1.0
     apply: str = "grad"
+    exclude: str | None = None
 
     def check(self) -> None:
         check_lam(self.lam)
         _check.one_of("apply", self.apply, ("grad", "prox"))
+        try:
+            re.compile(self.exclude or "")
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"exclude must be a regular expression, got {self.exclude!r}"
+            ) from error
+
+    def without(self, ops: Ops, omega: Tree) -> Tree:
+        """Return importances with zeros for the parameters that ``exclude`` names."""
+        if self.exclude is None:
+            return omega
+        out = {n for n in omega if re.search(self.exclude, n)}
+        return {**omega, **ops.zeros_like({n: omega[n] for n in out})}
 
     def init(self, ops: Ops, params: Tree, info: Info) -> State:
+        if self.exclude is not None and not any(re.search(self.exclude, n) for n in params):
+            raise ValueError(
+                f"exclude={self.exclude!r} is found in no parameter's name: {sorted(params)}"
+            )
         zeros = ops.wide(ops.zeros_like(params))
         return {"omega": zeros, "anchor": ops.wide(ops.copy(params))}
 

@@ -72,6 +72,7 @@ class SI(Quadratic):
 
         params_now = ops.wide(ops.copy(params))
         omega = ops.map(grown, state["omega"], state["path"], params_now, state["anchor"])
+        omega = self.without(ops, omega)
         state = {"omega": omega, "anchor": params_now, "path": ops.zeros_like(omega)}
         self.warn_if_unstable(ops, tools, state)
         return params, state

@@ -119,7 +119,6 @@ class TorchBackend:
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * scale
         self.lr = self.base_lrs[0] * scale
-        self.plain_sgd = self._find_plain_sgd()
 
     def set_params(self, params: Tree) -> None:
         """Write new values into the module, where they are not its own."""
@@ -158,6 +157,7 @@ class TorchBackend:
         if not self.model.module.training:
             self.model.module.train()
         values, self.skipped = [], False
+        self.plain_sgd = self._find_plain_sgd()  # callbacks may change the groups between the calls
         for plan in plans:
             self._seed(int(plan["key"][0]) << 16 ^ int(plan["key"][1]))
             arrays = {
@@ -242,6 +242,7 @@ class TorchBackend:
         first, *rest = self.optimizer.param_groups
         return (
             type(self.optimizer) is torch.optim.SGD
+            and not self.optimizer._optimizer_step_post_hooks  # which may move the parameters
             and not (first["weight_decay"] or first["nesterov"] or first["maximize"])
             and all(
                 group[key] == first[key]

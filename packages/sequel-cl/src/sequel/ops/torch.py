@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -89,7 +91,8 @@ class TorchOps(Ops):
         return x.to(like.dtype)
 
     def numpy(self, x: Array) -> np.ndarray[Any, Any]:
-        out: np.ndarray[Any, Any] = x.detach().cpu().numpy()
+        x = x.detach().cpu()
+        out: np.ndarray[Any, Any] = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
         return out
 
     def stop_gradient(self, x: Any) -> Any:
@@ -133,10 +136,12 @@ class TorchOps(Ops):
     ) -> Tree:
         # Leaf by leaf: the difference is still in the cache, and no second tree is held.
         out: Tree = {}
+        users = Counter(g.untyped_storage().data_ptr() for g in grads.values())
         with torch.no_grad():
             for name, g in grads.items():
                 away = params[name] - anchor[name]
-                if keep:
+                whole = g.untyped_storage().nbytes() == g.nbytes  # else it may be expanded
+                if keep or not whole or users[g.untyped_storage().data_ptr()] > 1:
                     torch.addcmul(g, omega[name], away, value=lam, out=away)
                     out[name] = away if away.dtype == g.dtype else away.to(g.dtype)
                 else:
@@ -190,13 +195,10 @@ class TorchOps(Ops):
         self, fn: Callable[..., Array], params: Tree, w: Array, power: int, *batch: Array
     ) -> Tree:
         if len(w) > 2:
-            try:
+            # vmap cannot follow values into control flow (transformers' masks), nor recurrent layers;
+            # an error of the model's own comes again below.
+            with contextlib.suppress(RuntimeError):
                 return super().per_sample_sum(fn, params, w, power, *batch)
-            except (
-                RuntimeError
-            ) as error:  # control flow that depends on values, as in transformers' masks
-                if "vmap" not in str(error):
-                    raise
         out = self.wide(self.zeros_like(self.stop_gradient(params)))
         for weight, row in zip(w.tolist(), zip(*batch, strict=True), strict=True):
             grads = self.wide(self.grad(partial(_on_row, fn, row), params))

@@ -228,14 +228,18 @@ def rotated(data: Any, n_tasks: int, *, step: float | None = None) -> Scenario:
     return Scenario(_whole(source, moves, names), source.n_classes, "domain", "rotated")
 
 
-def data_incremental(scenario: Scenario, batch: int, *, seed: int = 0) -> Scenario:
-    """Cut every task into experiences of ``batch`` samples, shuffled; tests stay whole.
+def data_incremental(scenario: Any, batch: int, *, seed: int = 0) -> Scenario:
+    """Cut every task of a scenario, or plain data, into experiences of ``batch`` samples, shuffled.
+
+    Tests stay whole.
 
     >>> x, y = np.zeros((10, 3)), np.arange(10) % 2
     >>> len(data_incremental(permuted((x, y, x, y), 2), batch=4))
     6
     """
     _check.count("batch", batch)
+    if not isinstance(scenario, Scenario):
+        scenario = from_datasets([scenario])
     out: list[Task] = []
     for task in scenario:
         index = stream(seed, "data-incremental", task.number).permutation(task.train_index)
@@ -266,6 +270,7 @@ def blurry(scenario: Scenario, fraction: float, *, seed: int = 0) -> Scenario:
     [20, 20]
     """
     _check.within("fraction", fraction, 0.0, 1.0)
+    scenario = Scenario.of(scenario)
     if any(t.transform is not None or t.relabel is not None for t in scenario):
         raise ValueError("blurry needs tasks without transforms: class_incremental(...)")
     if scenario.kind == "task":

@@ -204,6 +204,11 @@ class Scenario(Sequence[Task]):
         if isinstance(tasks, Scenario):
             return tasks
         listed = list(tasks)
+        if not listed or not all(isinstance(task, Task) for task in listed):
+            raise TypeError(
+                "scenario must be a Scenario or tasks, not data: make one, e.g. "
+                "sequel.scenarios.class_incremental(data, n_tasks=5)"
+            )
         return Scenario(listed, max(max(t.classes) for t in listed) + 1, "class", "custom")
 
     def __len__(self) -> int:
