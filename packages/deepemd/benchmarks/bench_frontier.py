@@ -76,7 +76,7 @@ def main() -> None:
     if installed("matplotlib"):
         from matplotlib.figure import Figure
 
-        shown = [n for n in (128, 1024, 4096) if n in args.sizes] or args.sizes[:1]
+        shown = [n for n in (128, 1024) if n in args.sizes] or args.sizes[:1]
         figure = Figure(figsize=(5.2 * len(shown), 4.4), layout="constrained")
         axes = figure.subplots(1, len(shown), squeeze=False)[0]
         for ax, n in zip(axes, shown, strict=True):
