@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,16 @@ METHODS: dict[str, Method] = {
 }
 
 
+def _replaced(model: nn.Module, kind: type[nn.Module], make: Callable[[], nn.Module]) -> nn.Module:
+    """Return a copy with a new module in place of every one of a kind."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, kind):
+                setattr(module, name, make())
+    return model
+
+
 def with_softplus(model: nn.Module, beta: float) -> nn.Module:
     """Return a copy with ``nn.Softplus(beta)`` in place of every ReLU, so that Hessians exist.
 
@@ -57,12 +68,7 @@ def with_softplus(model: nn.Module, beta: float) -> nn.Module:
           (0): Softplus(beta=1000.0, threshold=20.0)
         )
     """
-    model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.ReLU):
-                setattr(module, name, nn.Softplus(beta))
-    return model
+    return _replaced(model, nn.ReLU, lambda: nn.Softplus(beta))
 
 
 def with_own_activations(model: nn.Module, beta: float | None) -> nn.Module:
@@ -76,13 +82,9 @@ def with_own_activations(model: nn.Module, beta: float | None) -> nn.Module:
           (0): Softplus(beta=10.0, threshold=20.0)
         )
     """
-    model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Softplus):
-                made = CenteredSoftplus() if beta is None else nn.Softplus(beta)
-                setattr(module, name, made)
-    return model
+    if beta is None:
+        return _replaced(model, nn.Softplus, CenteredSoftplus)
+    return _replaced(model, nn.Softplus, lambda: nn.Softplus(beta))
 
 
 def build(
